@@ -1,4 +1,4 @@
-"""The public face of an adapter in a model: `Adapter`, and what loads, switches and merges them."""
+"""`Adapter`: one adapter in a model, for users: parameters, merging, scale, optimizers, files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lorakin.errors import AdapterError, StateError
-from lorakin.inject import placement
 from lorakin.inject.description import described, in_one_line
 from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.placement import Placement
 from lorakin.loop.optimizer_hooks import follow_optimizer
 from lorakin.loop.parameter_groups import check_attached, check_rates, parameter_groups
 from lorakin.storage import directory, hub
@@ -32,9 +32,14 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - the conventional l
 class Adapter(InsertedAdapter):
     """One named adapter in one model. `adapt` and `load` make it; `adapters` finds it again.
 
-    It has four parts, each with one job: `placement` says which modules it adapts and with what
-    settings, `tensors` holds its parameters, `effect` says whether, how strongly and in which form
-    it acts, and `run` how far its training has come.
+    Attributes:
+        model: the model that it is in.
+        name: its name there.
+        method: the members, with what its run has decided.
+        placement: which modules it adapts, and with what settings.
+        tensors: its parameters, by module.
+        effect: whether, how strongly and in which form it acts.
+        run: how far its training has come.
 
     >>> import lorakin as lk
     >>> model = nn.Sequential(nn.Linear(6, 4))
@@ -44,28 +49,31 @@ class Adapter(InsertedAdapter):
     >>> adapter.remove()
     """
 
-    # What it has placed in the model.
+    # Its parameters.
 
     def parameters(self) -> list[nn.Parameter]:
-        """Every tensor of the adapter, once."""
+        """Returns every parameter of the adapter once, frozen ones included.
+
+        For an optimizer use `parameter_groups`.
+        """
         return list({id(p): p for _, p in self.tensors.named_parameters()}.values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every tensor of the adapter, as (`<path>.<slot>`, parameter), trained or not."""
+        """Yields every parameter as (`<path>.<slot>`, parameter), frozen ones included."""
         return self.tensors.named_parameters()
 
     def modules(self) -> list[nn.Module]:
-        """The modules that hold its tensors, one for each place in the model.
+        """Returns the modules that hold its parameters, one for each adapted path.
 
-        Pass them to whatever shards or moves the model and should leave them out, such as FSDP.
+        Pass them to code that shards or moves the model and should leave them out, such as FSDP.
         """
         return self.tensors.modules()
 
-    # How it takes part.
+    # How it acts.
 
     @property
     def is_active(self) -> bool:
-        """Whether it takes part in the forward; see `activate`."""
+        """Whether it is one of the active adapters; see `activate`."""
         return self.effect.is_active
 
     @property
@@ -74,11 +82,12 @@ class Adapter(InsertedAdapter):
         return self.effect.is_merged
 
     def merge(self, *, permanent: bool = False) -> None:
-        """Fold the adapter into the weights. The forward then costs what the base's does.
+        """Folds the adapter into the weights. The forward then costs what the base's does.
 
-        Merging twice is merging once. `unmerge` needs the base's parameters, so they are kept: one
-        more copy of each adapted weight. With `permanent` they are not kept, and the adapter leaves
-        the model, which is a plain model again. PEFT: `merge_adapter`, `merge_and_unload`.
+        PEFT: `merge_adapter`; with `permanent`, `merge_and_unload`. `unmerge` needs the base's
+        parameters, so they are kept: one more copy of each adapted weight. With `permanent` they
+        are not kept, and the adapter leaves the model, which is a plain model again. Merging a
+        merged adapter does nothing.
 
         Raises:
             StateError: a merged weight would not be finite (then nothing is merged), the adapter is
@@ -87,11 +96,11 @@ class Adapter(InsertedAdapter):
         self.effect.merge(permanent=permanent)
 
     def unmerge(self) -> None:
-        """Give the base its own parameters back, bit for bit."""
+        """Gives the base its parameters back, bit for bit (PEFT: `unmerge_adapter`)."""
         self.effect.unmerge()
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
-        """Leave the adapter out inside a `with` block, also while it is merged. Blocks nest.
+        """Switches the adapter off inside a `with` block, also while it is merged. Blocks nest.
 
         PEFT: `disable_adapter`.
 
@@ -109,8 +118,8 @@ class Adapter(InsertedAdapter):
 
         W = W0 + scale · (the adapter's weight − W0), in every adapted module, a gain included. It
         acts in inference, training and merging, but not on modules that are trained whole. It
-        belongs
-        to this model in memory: files do not hold it. Setting it on a merged adapter merges again.
+        belongs to this model in memory: files do not hold it. Setting it on a merged adapter merges
+        again. PEFT: `set_scale`, `scale_layer`.
 
         Raises:
             SettingError: the new value is no finite number.
@@ -123,18 +132,29 @@ class Adapter(InsertedAdapter):
         self.effect.scale = scale
 
     def scaled(self, scale: float) -> contextlib.AbstractContextManager[None]:
-        """Use another scale inside a `with` block: `with adapter.scaled(0.5): …`. See `scale`."""
+        """Uses another scale inside a `with` block: `with adapter.scaled(0.5): …`. See `scale`."""
         return self.effect.scaled(scale)
+
+    def remove(self) -> None:
+        """Takes the adapter out of its model (PEFT: `delete_adapter`, `unload`).
+
+        Merged weights are restored first. Removing the last adapter restores the modules' classes,
+        the `requires_grad` flags and `save_pretrained` as they were.
+
+        Raises:
+            StateError: it was removed before, or the model is in a `mixed_batch`.
+        """
+        super().remove()
 
     # How it trains.
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers it trains, those of modules trained whole included."""
+        """The number of trainable parameters, those of modules trained whole included."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def parameter_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Parameter groups for any torch optimizer, with the learning rates that the method needs.
+        """Returns parameter groups for any torch optimizer, with the rates that the method needs.
 
         Weight decay does not act on the tensors that the method exempts (magnitudes, VeRA's
         vectors), nor on biases and normalisations of modules trained whole.
@@ -153,7 +173,7 @@ class Adapter(InsertedAdapter):
         total_steps: int | None = None,
         **options: Any,
     ) -> O:
-        """Make an optimizer of class `cls` over `parameter_groups`, and attach it.
+        """Makes an optimizer of class `cls` over `parameter_groups`, and attaches it.
 
         torch's Adam, AdamW and SGD use their fused kernel unless you choose another.
 
@@ -179,13 +199,16 @@ class Adapter(InsertedAdapter):
         if cls in FUSED and not {"foreach", "differentiable"} & options.keys():
             devices = {parameter.device.type for parameter in self.parameters()}
             options.setdefault("fused", devices <= {"cpu", "cuda"})
-        decay = {name: options[name] for name in ("weight_decay",) if name in options}
+        decay = {"weight_decay": options["weight_decay"]} if "weight_decay" in options else {}
         return self.attach(cls(self.parameter_groups(lr, **decay), **options), total_steps)
 
     def attach(self, optimizer: O, total_steps: int | None = None) -> O:
-        """Start a training run with an optimizer of your own, and return the optimizer.
+        """Checks an optimizer that you made, and begins a training run with it.
 
         You need to call nothing while training: members hook into the optimizer's steps.
+
+        Returns:
+            the optimizer.
 
         Raises:
             SettingError: it does not hold all of the adapter's trainable tensors, or a member
@@ -201,13 +224,14 @@ class Adapter(InsertedAdapter):
     def save(
         self, path: str | os.PathLike[str], *, notes: Mapping[str, object] | None = None
     ) -> Path:
-        """Write the adapter into the directory `path` in PEFT's layout: all of its files or none.
+        """Writes the adapter into the directory `path` in PEFT's layout: all of its files or none.
 
-        It writes a model card, README.md, too, unless there is one that a person wrote. It warns if
-        the adapter, or a part of it, changes nothing because training never reached it.
+        PEFT: `save_pretrained`. It also writes a model card, README.md, unless there is one that a
+        person wrote. It warns if the adapter, or a part of it, changes nothing because training
+        never reached it.
 
         Args:
-            path: made if it is not there; an adapter in it is replaced.
+            path: the directory, made if it does not exist; an adapter in it is replaced.
             notes: more lines of the card, such as `{"Held-out loss": "2.31 before, 1.87 after"}`.
 
         Raises:
@@ -227,14 +251,14 @@ class Adapter(InsertedAdapter):
         revision: str | None = None,
         notes: Mapping[str, object] | None = None,
     ) -> Any:
-        """Save the adapter with its card into a repository of the Hugging Face hub.
+        """Saves the adapter with its card into a repository of the Hugging Face hub.
 
         Args:
-            repo_id: `org/name`, or `name` for your own; the repository is made if it is not there.
-            private: for a repository that is made now; None takes the hub's default.
-            token: instead of the one that `hf auth login` keeps.
-            commit_message: of the commit.
-            revision: the branch, made if need be.
+            repo_id: `org/name`, or `name` for one of yours; made if it does not exist.
+            private: whether a repository made now is private; None takes the hub's default.
+            token: the token to use instead of the one that `hf auth login` keeps.
+            commit_message: the message of the commit.
+            revision: the branch, made if it does not exist.
             notes: see `save`.
 
         Returns:
@@ -257,11 +281,11 @@ class Adapter(InsertedAdapter):
         )
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Overwrite the adapter's tensors in place with those saved in `path`.
+        """Overwrites the adapter's tensors in place with those saved in `path`.
 
-        Optimizers keep holding the tensors, so this resumes a run. A file of PEFT's does not say
-        how its adapter was trained. It only has to compute what this adapter computes: so a plain
-        pair goes into LoRA+, and what this adapter's members do while training stays.
+        Optimizers keep holding the tensors, so this resumes a run. A file that PEFT wrote does not
+        say how its adapter was trained, so only what it computes is compared: a plain pair can be
+        restored into LoRA+, and this adapter's members keep their training state.
 
         Raises:
             AdapterError: the directory holds another adapter. Then nothing is overwritten.
@@ -279,39 +303,40 @@ class Adapter(InsertedAdapter):
                 f"what training remembers, remove {directory.LORAKIN_JSON}"
             )
         document = files.match(self.model)
-        if not self._is_as(document.placement, training=files.lorakin_part is not None):
+        if not self._matches(document.placement, training=files.lorakin_part is not None):
             raise AdapterError(
                 f"{path}: it holds another adapter than {self!r}: {document.placement.method}"
             )
         self.run.end()
         with torch.no_grad():
-            for at, tensors in document.slots.items():
-                self.tensors.branch(at).overwrite(tensors)
-            for at, state in document.whole_modules.items():
-                self.tensors.copy_of(at).load_state_dict(state)
-            for at, rows in document.rows.items():
-                self.tensors.rows_at(at).copy_(rows)
-            for at, bias in self.tensors.biases().items():
-                bias.copy_(document.biases[at])
+            for module, tensors in document.slots.items():
+                self.tensors.branch(module).overwrite(tensors)
+            for module, state in document.whole_modules.items():
+                self.tensors.copy_of(module).load_state_dict(state)
+            for module, rows in document.rows.items():
+                self.tensors.rows_at(module).copy_(rows)
+            for module, bias in self.tensors.biases().items():
+                bias.copy_(document.biases[module])
             self.tensors.take_buffers(document.buffers)
         if document.state is not None:
             self.run.restore_state(document.state)
 
-    def _is_as(self, its: placement.Placement, training: bool) -> bool:
-        """Whether a placement is this adapter's.
+    def _matches(self, placement: Placement, training: bool) -> bool:
+        """Returns whether a placement is this adapter's.
 
         What members decide when a run begins, and ranks freed since, make no difference.
         """
-        mine = self.placement
-        if (list(mine.methods), mine.whole_modules, mine.tokens) != (
-            list(its.methods),
-            its.whole_modules,
-            its.tokens,
-        ) or mine.biases != its.biases:
+        ours = self.placement
+        if list(ours.methods) != list(placement.methods):
             return False
-        pairs = [(method, its.methods[path]) for path, method in mine.methods.items()] or [
-            (mine.method, its.method)
-        ]
+        if (ours.whole_modules, ours.tokens, ours.biases) != (
+            placement.whole_modules,
+            placement.tokens,
+            placement.biases,
+        ):
+            return False
+        pairs = [(method, placement.methods[path]) for path, method in ours.methods.items()]
+        pairs = pairs or [(ours.method, placement.method)]
         distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
         return all(one.agrees_with(other, training) for one, other in distinct.values())
 

@@ -1,11 +1,11 @@
-"""Putting a fresh adapter into a model: `adapt`, and what a member looks at before it starts."""
+"""`adapt`, which puts a new adapter into a model, and `importance`, LoRA-drop's probe."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,23 @@ from lorakin.adapter import Adapter
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import GRADIENTS, INPUTS, Member, Method
 from lorakin.family.weight import has_no_values
-from lorakin.inject import placement
 from lorakin.inject.activation_norms import importance_shares
 from lorakin.inject.active_adapters import set_active
 from lorakin.inject.adapted import module_at
 from lorakin.inject.biases import initial_biases
-from lorakin.inject.measuring import check_called, measure
+from lorakin.inject.layer_kinds import unadapted
+from lorakin.inject.measuring import Loss, check_called, measure
 from lorakin.inject.model_registry import adapters_in, root_of
 from lorakin.inject.module_mode import in_mode
+from lorakin.inject.placement import (
+    Placement,
+    choose_modules,
+    initial_tensors,
+    placement_with_settings,
+)
 from lorakin.inject.targets import ALL_LINEAR, Targets, new_heads
 from lorakin.inject.trainable_tokens import Tokens, base_rows
 from lorakin.loop import float16_base
-
-Loss = Callable[[nn.Module, Any], torch.Tensor]
-"""(model, batch) → loss."""
 
 
 def adapt(
@@ -50,7 +53,9 @@ def adapt(
     probe: Sequence[Any] | None = None,
     loss: Loss | None = None,
 ) -> Adapter:
-    """Puts a fresh adapter into `model`, which stays itself: same class, same names, same output.
+    """Puts a new adapter into `model`, which stays itself: same class, same names, same output.
+
+    PEFT: `get_peft_model`, but `model` is changed in place and there is no wrapper.
 
     The base is frozen, and the new adapter is the active one (see `activate`). Its tensors are
     float32 whatever the base's dtype is (float64 on a float64 base); the forward uses them in the
@@ -65,26 +70,27 @@ def adapt(
     Args:
         model: any module with linear, Conv1D, embedding or convolution layers.
         member: such as `LoRA(rank=16, alpha=32)`, or several to combine:
-            `[DoRA(rank=16), LoRAPlus()]`.
+            `[DoRA(rank=16), LoRAPlus()]`. PEFT: the config.
         targets: "all-linear" (every linear layer except the head); a name, glob or regular
             expression, or a list of them; or a function of (path, module). A name selects the
             modules whose path ends in it (PEFT: `target_modules`).
-        name: the adapter's name.
+        name: the adapter's name (PEFT: `adapter_name`).
         exclude: patterns of modules to leave out (PEFT: `exclude_modules`).
         layers: only modules inside these repeated layers, such as [0, 1, -1] (PEFT:
             `layers_to_transform`).
-        rank_pattern, alpha_pattern: regular expression → a rank or alpha of its own, as in PEFT;
-            the first that matches the end of a module's path wins.
+        rank_pattern, alpha_pattern: regular expression → the rank or alpha of the modules whose
+            path ends in a match, as in PEFT; the first that matches counts.
         modules_to_save: names of modules to train whole, such as a new head. The adapter trains a
             copy.
-        rank_above: what to do with a rank above a weight's smaller side: `refuse` it, or `clamp`
-            it to that side with the same alpha, as `rank_pattern` would. A warning names the
-            modules.
+        rank_above: what to do if a rank is larger than a weight's smaller side: `refuse` it, or
+            `clamp` it to that side with the same alpha, as `rank_pattern` would. A warning names
+            the modules.
         trainable_tokens: ids of tokens whose rows in the input embedding, and in what is tied to
             it, are trained; or module's name → ids, such as
-            {"embed_tokens": ids, "lm_head": ids} for a head that is not tied.
+            {"embed_tokens": ids, "lm_head": ids} for a head that is not tied (PEFT:
+            `trainable_token_indices`).
         bias: "lora_only" also trains the biases of the adapted modules, "all" those of the model.
-            The adapter has its own copies; the base's stay as they are.
+            The adapter has copies of them; the base's stay as they are.
         seed: draw the initial tensors from a generator with this seed.
         dtype: another dtype for the adapter's tensors.
         probe: batches for a member that looks at data before it starts. LoRA-drop trains a short
@@ -99,7 +105,7 @@ def adapt(
     """
     model = root_of(model)
     method = Method.of(member)
-    places: dict[str, Any] = {
+    selection: dict[str, Any] = {
         "exclude": exclude,
         "layer_indices": layers,
         "rank_pattern": rank_pattern,
@@ -109,20 +115,19 @@ def adapt(
         "trainable_tokens": trainable_tokens,
         "bias": bias,
     }
-    if probe is not None and method.measured_member is None and method.needed_probe is None:
-        given = method.setting("importance") is not None
+    if probe is not None and method.needed_probe is not None:
+        shares = _importance(model, method, probe, targets, seed, selection, loss=loss)
+        method = method.with_importance(shares)
+    elif probe is not None and method.measured_member is None:
+        if method.setting("importance") is None:
+            raise SettingError(f"{method.words} looks at no data before it starts; leave probe out")
         raise SettingError(
             f"{method.words} was given importance and a probe that would find it; give one of them"
-            if given
-            else f"{method.words} looks at no data before it starts; leave probe out"
         )
-    if probe is not None and method.needed_probe is not None:
-        method = method.with_importance(
-            _importance(model, method, probe, targets, seed, places, loss=loss)
-        )
-    placed_on = placement.choose_modules(model, method, targets, **places)
-    placed_on, measured = _measured(model, placed_on, probe, loss)
-    adapter = _fresh(model, name, placed_on, seed, dtype, measured)
+
+    placement = choose_modules(model, method, targets, **selection)
+    placement, measured = _measured(model, placement, probe, loss)
+    adapter = _insert_new_adapter(model, name, placement, seed, dtype, measured)
     if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.whole_modules)):
         warnings.warn(
             f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks "
@@ -152,10 +157,10 @@ def importance(
     trainable_tokens: Tokens | None = None,
     bias: str = "none",
 ) -> dict[str, float]:
-    """Measure how much of the outputs' change comes from each module, for `LoRADrop(importance=…)`.
+    """Measures how much of the outputs' change each module makes, for `LoRADrop(importance=…)`.
 
-    A plain pair is trained on `batches` for the member's `probe_epochs`, measured in eval mode and
-    taken out again; the model is as it was before. LoRA-drop (arXiv 2402.07721) has
+    A pilot adapter, plain LoRA, is trained on `batches` for the member's `probe_epochs`, measured
+    in eval mode and removed; the model is as it was before. LoRA-drop (arXiv 2402.07721) has
     I_k = g_k / Σ g with g_k = Σ ‖s·B_k A_k x‖² over the tokens x that are not padding.
 
     Args:
@@ -164,9 +169,9 @@ def importance(
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
         targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above,
             trainable_tokens, bias: see `adapt`.
-        lr: the learning rate of the probe.
+        lr: the pilot's learning rate, by default the method's.
         loss: (model, batch) → loss, for models whose output has none.
-        seed: of the pair's initial tensors.
+        seed: the seed of the pilot's initial tensors.
 
     Returns:
         Path → importance, in the model's order; they sum to 1.
@@ -175,7 +180,7 @@ def importance(
         SettingError: no member wants a probe, or there are no batches.
         StateError: the model has adapters.
     """
-    places = {
+    selection = {
         "exclude": exclude,
         "layer_indices": layers,
         "rank_pattern": rank_pattern,
@@ -185,7 +190,9 @@ def importance(
         "trainable_tokens": trainable_tokens,
         "bias": bias,
     }
-    return _importance(root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
+    return _importance(
+        root_of(model), Method.of(member), batches, targets, seed, selection, lr, loss
+    )
 
 
 def _importance(
@@ -194,7 +201,7 @@ def _importance(
     batches: Sequence[Any],
     targets: Targets,
     seed: int | None,
-    places: Mapping[str, Any],
+    selection: Mapping[str, Any],
     lr: float | None = None,
     loss: Loss | None = None,
 ) -> dict[str, float]:
@@ -216,14 +223,13 @@ def _importance(
             "a probe's batches must be mappings with labels, so that the model's output has a "
             "loss; or give loss="
         )
-    if there := adapters_in(model):
+    if present := adapters_in(model):
         raise StateError(
-            f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; "
+            f"the probe needs the model to itself, but adapter {next(iter(present))!r} is in it; "
             "remove that first"
         )
-    pilot = _fresh(
-        model, "probe", placement.choose_modules(model, method.for_probe(), targets, **places), seed
-    )
+    placement = choose_modules(model, method.for_probe(), targets, **selection)
+    pilot = _insert_new_adapter(model, "probe", placement, seed)
     try:
         check_called(model, pilot.placement.methods)
         optimizer: torch.optim.Optimizer = pilot.optimizer(
@@ -234,9 +240,8 @@ def _importance(
         with in_mode(model, training=True):
             for _ in range(probe.epochs):
                 for batch in batches:
-                    scaler.scale(
-                        model(**batch).loss if loss is None else loss(model, batch)
-                    ).backward()
+                    value = model(**batch).loss if loss is None else loss(model, batch)
+                    scaler.scale(value).backward()
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad()
@@ -247,18 +252,21 @@ def _importance(
 
 def _measured(
     model: nn.Module,
-    placed_on: placement.Placement,
+    placement: Placement,
     batches: Sequence[Any] | None,
     loss: Loss | None,
-) -> tuple[placement.Placement, Mapping[str, Any]]:
-    """What the member that starts by data found, and the placement that follows from it."""
-    method = placed_on.method
-    member = method.measured_member
+) -> tuple[Placement, Mapping[str, Any]]:
+    """Measures data for the member that starts by them, EVA or LoRA-GA.
+
+    Returns:
+        the placement with the ranks that the member has chosen, and what it has found, by path.
+    """
+    member = placement.method.measured_member
     if member is None:
-        return placed_on, {}
-    targets = {path: placement.target_of(module_at(model, path)) for path in placed_on.methods}
-    if all(has_no_values(target.weight) for target in targets.values()):
-        return placed_on, {}
+        return placement, {}
+    modules = {path: unadapted(module_at(model, path)) for path in placement.methods}
+    if all(has_no_values(module.weight) for module in modules.values()):
+        return placement, {}
     if batches is None:
         raise SettingError(
             f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it "
@@ -266,23 +274,24 @@ def _measured(
         )
     if isinstance(batches, Mapping | torch.Tensor | str):
         raise SettingError("probe must be a list of batches; give [batch] for a single one")
-    collector = member.collector(targets, placed_on.methods)
+    collector = member.collector(modules, placement.methods)
     of = GRADIENTS if GRADIENTS in member.needs else INPUTS
     with _base_alone(model):
-        measure(model, list(targets), collector, of, list(batches), loss, member.batches)
-    found = collector.results()
-    if missed := [path for path in targets if path not in found]:
+        measure(model, list(modules), collector, of, list(batches), loss, member.batches)
+    results = collector.results()
+    if missed := [path for path in modules if path not in results]:
         raise SettingError(
             f"{member.word} saw nothing of {missed[0]}: the model did not call it on these "
             "batches; leave it out with exclude"
         )
-    return placement.rearranged(placed_on, member.settings_found(found, placed_on.methods)), found
+    settings = member.settings_found(results, placement.methods)
+    return placement_with_settings(placement, settings), results
 
 
 @contextlib.contextmanager
 def _base_alone(model: nn.Module) -> Iterator[None]:
-    """Without the model's other adapters inside: the new one will be active alone."""
-    active = [name for name, one in adapters_in(model).items() if one.effect.is_active]
+    """Deactivates the model's other adapters inside a `with` block: the new one will be alone."""
+    active = [name for name, adapter in adapters_in(model).items() if adapter.effect.is_active]
     if active:
         set_active(model, [])
     try:
@@ -292,25 +301,22 @@ def _base_alone(model: nn.Module) -> Iterator[None]:
             set_active(model, active)
 
 
-def _fresh(
+def _insert_new_adapter(
     model: nn.Module,
     name: str,
-    plan: placement.Placement,
+    placement: Placement,
     seed: int | None,
     dtype: torch.dtype | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """A new adapter with this placement, in the model, whose base is frozen."""
-    adapter = Adapter(model, name, plan)
-    rows = base_rows(model, plan.tokens, dtype)
-    biases = initial_biases(model, plan.biases, dtype)
-    adapter.install(
-        placement.initial_tensors(model, plan, _generator(seed), dtype, measured),
-        rows=rows,
-        biases=biases,
-    )
+    """Puts a new adapter with this placement into the model, and freezes the base."""
+    adapter = Adapter(model, name, placement)
+    rows = base_rows(model, placement.tokens, dtype)
+    biases = initial_biases(model, placement.biases, dtype)
+    tensors = initial_tensors(model, placement, _generator(seed), dtype, measured)
+    adapter.install(tensors, rows=rows, biases=biases)
     adapter.freeze_base()
-    for path in plan.methods:
+    for path in placement.methods:
         adapter.tensors.branch(path).remember_start()
     adapter.is_fresh = True
     return adapter

@@ -255,7 +255,9 @@ class _Mixture:
         found = tied_rows(
             self.model,
             {path: tokens.ids for path, tokens in every.items()},
-            joins=lambda one, other: other in values and torch.equal(values[one], values[other]),
+            same_values=lambda one, other: (
+                other in values and torch.equal(values[one], values[other])
+            ),
         )
         return found, {path: values[path] for path in found}
 

@@ -1,4 +1,4 @@
-"""Adapters from files into a model."""
+"""`load`, which puts an adapter from files into a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def load(
     token: str | bool | None = None,
     subfolder: str | None = None,
 ) -> Adapter:
-    """Put a saved adapter, lorakin's or PEFT's, into `model`, and make it the active one.
+    """Puts a saved adapter, lorakin's or PEFT's, into `model`, and activates it.
+
+    PEFT: `PeftModel.from_pretrained`, `load_adapter`.
 
     Args:
         model: the base model that the adapter was trained on.
@@ -42,30 +44,31 @@ def load(
             as it was before.
     """
     model = root_of(model)
-    there = hub.adapter_directory(path, revision=revision, token=token, subfolder=subfolder)
-    return insert_document(model, name, directory.read(there).match(model, other_base), trainable)
+    folder = hub.adapter_directory(path, revision=revision, token=token, subfolder=subfolder)
+    document = directory.read(folder).match(model, other_base)
+    return insert_document(model, name, document, trainable)
 
 
 def insert_document(
     model: nn.Module, name: str, document: Document, trainable: bool = False
 ) -> Adapter:
-    """Put an adapter that was read from files into `model`, as the active one."""
+    """Puts an adapter that was read from files into `model`, and activates it."""
     adapter = Adapter(model, name, document.placement)
-    if trainable:
-        adapter.install(
-            document.float32_copies(),
-            document.whole_modules,
-            rows=widened(document.rows),
-            biases=document.float32_biases(),
-        )
-    else:
+    if not trainable:
         adapter.install(
             document.slots, document.whole_modules, document.buffers, document.rows, document.biases
         )
-    if trainable:
-        adapter.tensors.take_buffers(document.buffers)
-        adapter.freeze_base()
-    else:
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
+        return adapter
+
+    # Training may change any buffer, so the adapter gets all of the base's, then the file's values.
+    adapter.install(
+        document.float32_copies(),
+        document.whole_modules,
+        rows=widened(document.rows),
+        biases=document.float32_biases(),
+    )
+    adapter.tensors.take_buffers(document.buffers)
+    adapter.freeze_base()
     return adapter

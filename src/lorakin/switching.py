@@ -1,4 +1,4 @@
-"""The adapters of a model together: which there are, which are in use, merging, mixed batches."""
+"""A model's adapters together: finding, activating and merging them, and mixed batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakin.inject.model_registry import adapters_in, root_of
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters in `model`, by name."""
+    """Returns the adapters in `model`, by name (PEFT: `peft_config`)."""
     return {
         name: adapter
         for name, adapter in adapters_in(root_of(model)).items()
@@ -24,10 +24,10 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merge(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Fold these adapters into the weights for good, all at once; they leave the model.
+    """Folds these adapters into the weights permanently, all at once; they leave the model.
 
-    For one adapter this is `adapter.merge(permanent=True)`. Several DoRAs can only go together:
-    each gain is over the base's own weight, which merging the first one would change.
+    PEFT: `merge_and_unload`. For one adapter this is `adapter.merge(permanent=True)`. Several DoRAs
+    must be merged together: each gain is over the base's weight, which merging one would change.
 
     Raises:
         SettingError: an unknown name.
@@ -39,9 +39,9 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Use exactly these adapters. Several add up; `[]` leaves the base alone.
+    """Makes exactly these adapters the active ones. Several add up; `[]` leaves the base alone.
 
-    No `requires_grad` changes. PEFT calls this `set_adapter`.
+    No `requires_grad` changes. PEFT: `set_adapter`.
 
     Raises:
         SettingError: an unknown name, or two adapters that both train the same module whole or
@@ -54,15 +54,17 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
 def mixed_batch(
     model: nn.Module, names: Iterable[str | None]
 ) -> contextlib.AbstractContextManager[None]:
-    """Let each row of a batch use an adapter of its own, inside a `with` block.
+    """Lets each row of a batch use another adapter, inside a `with` block.
+
+    PEFT: the argument `adapter_names` of a forward.
 
     In `with mixed_batch(model, ["a", None, "b"]): model(…)` row n uses the adapter `names[n]`
     alone; None is the base. It works in `generate` too: in a batch of k times as many rows, as
-    beams make, each name counts for k rows. Adapters of different methods go together.
+    beams make, each name counts for k rows. Adapters of different methods can be mixed.
 
-    For inference the pairs of a linear layer are stacked at its first call and kept, so do not
-    change their tensors inside. Blocks nest, in one thread at a time. For training, the backward
-    pass must be inside too. Modules must have the batch as their first dimension.
+    In inference the adapters' tensors are read at the first call, so do not change them inside the
+    block. Blocks nest, in one thread at a time. For training, the backward pass must be inside too.
+    Modules must have the batch as their first dimension.
 
     Args:
         model: holds the adapters, none of them merged.

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from lorakin.inject.branch import Branch
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.layer_kinds import ConvolutionLayer
-from lorakin.inject.measuring import Run, check_called, inputs_of
+from lorakin.inject.measuring import Loss, check_called, inputs_of
 
 
 def importance_shares(
     adapter: InsertedAdapter,
     batches: Sequence[Any],
     normalised: bool = False,
-    run: Run | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, float]:
     """Path → its share of Σ ‖up(down x)‖² over all inputs x that are not padding.
 
@@ -27,7 +27,7 @@ def importance_shares(
         adapter: active. A gain counts for nothing.
         batches: mappings that the model takes; an `attention_mask` (batch, length) marks padding.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
-        run: (model, batch) → anything, to run the model; by default on the batch's entries as
+        loss: (model, batch) → anything, to run the model; by default on the batch's entries as
             arguments.
 
     Raises:
@@ -46,7 +46,7 @@ def importance_shares(
             weight: Any = module._parameters.get("weight")
             own[path] += _energy(branch.kind.base_product(module, x, weight), mask, branch)
 
-    inputs_of(adapter.model, paths, batches, see, run)
+    inputs_of(adapter.model, paths, batches, see, loss)
     if normalised:
         sums = {path: value / own[path] if own[path] else 0.0 for path, value in sums.items()}
     total = sum(sums.values())

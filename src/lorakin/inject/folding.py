@@ -25,7 +25,7 @@ from lorakin.inject.branch import Branch, Copy
 from lorakin.inject.experts import kept_weight
 from lorakin.inject.layer_kinds import LayerKind, PeftGroupedConvolution, QuantisedLayer
 from lorakin.inject.token_rows import TokenRowsBranch, check_size
-from lorakin.inject.trainable_tokens import fold
+from lorakin.inject.trainable_tokens import table_with_rows
 
 if TYPE_CHECKING:
     from lorakin.inject.placement import Placement
@@ -203,7 +203,7 @@ def _folded(
     if rows := [adapter for adapter in adapters if isinstance(adapter, TokenRowsBranch)]:
         table = base["weight"]
         check_size(rows, attachments_of(module), table)
-        return {"weight": _like(table, fold(table.detach(), rows), path)}
+        return {"weight": _like(table, table_with_rows(table.detach(), rows), path)}
     if not branches:
         return _copied(base, path, adapters) if any(isinstance(a, Copy) for a in adapters) else base
     if any(branch.kind is PeftGroupedConvolution for branch in branches):

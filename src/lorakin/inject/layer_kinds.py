@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lorakin.family import FrozenWeight, Pair, Shape
+from lorakin.family import FrozenWeight, Pair, Shape, UnadaptedModule
 from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised
 from lorakin.inject.convolutions import ConvolutionLayer, PeftGroupedConvolution
@@ -39,6 +39,7 @@ __all__ = [
     "kind_of",
     "overrides_forward",
     "refusal",
+    "unadapted",
 ]
 
 
@@ -213,6 +214,13 @@ def kind_of(module: nn.Module) -> type[LayerKind] | None:
         if isinstance(module, kind.modules):
             return kind
     return TransposedLayer if is_conv1d(module) else None
+
+
+def unadapted(module: nn.Module) -> UnadaptedModule:
+    """Returns the module's shape and its base weight as a matrix, also while merged."""
+    kind = kind_of(module)
+    assert kind is not None
+    return UnadaptedModule(kind.shape(module), kind.weight(module))
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -29,8 +29,8 @@ from lorakin.inject.layer_kinds import (
 )
 from lorakin.inject.module_mode import in_mode
 
-Run = Callable[[Any, Any], Any]
-"""(model, batch) → what the model makes of it: a loss, where gradients are measured."""
+Loss = Callable[[Any, Any], Any]
+"""(model, batch) → the loss; it runs the model. To measure inputs, any result will do."""
 Input = Callable[[str, nn.Module, Tensor, Tensor | None], None]
 """(path, module, input, attention mask or None): takes in one call of a module."""
 LINEAR = (LinearLayer, QuantisedLayer, TransposedLayer)
@@ -42,7 +42,7 @@ def measure(
     collector: Collector,
     of: str,
     batches: Sequence[Any],
-    run: Run | None = None,
+    loss: Loss | None = None,
     most: int | None = None,
 ) -> None:
     """Show a collector the inputs or the gradients of linear modules on batches of data.
@@ -57,7 +57,7 @@ def measure(
         of: `INPUTS` or `GRADIENTS`.
         batches: mappings that the model takes; an `attention_mask` (batch, length) says what is
             padding.
-        run: runs the model on a batch. By default the batch's entries are the model's arguments,
+        loss: runs the model on a batch. By default the batch's entries are the model's arguments,
             and the loss is the output's.
         most: how many batches to run at most.
 
@@ -73,13 +73,13 @@ def measure(
         with watching(model, paths, _showing(collector)) as begin, torch.no_grad():
             for batch in itertools.islice(every, most):
                 begin(batch)
-                _run(model, batch, run)
+                _run(model, batch, loss)
                 if collector.end_batch():
                     return
     else:
         with gradients_to(model, paths, collector):
             for batch in itertools.islice(every, most):
-                _checked(_loss(model, batch) if run is None else run(model, batch)).backward()  # type: ignore[no-untyped-call]
+                _checked(_loss(model, batch) if loss is None else loss(model, batch)).backward()  # type: ignore[no-untyped-call]
                 if collector.end_batch():
                     return
 
@@ -89,13 +89,13 @@ def inputs_of(
     paths: Sequence[str],
     batches: Iterable[Any],
     see: Input,
-    run: Run | None = None,
+    loss: Loss | None = None,
 ) -> None:
     """Call `see` with every input of these modules while the batches run through the model once."""
     with watching(model, paths, see) as begin, torch.no_grad():
         for batch in batches:
             begin(batch)
-            _run(model, batch, run)
+            _run(model, batch, loss)
 
 
 @contextlib.contextmanager
@@ -197,11 +197,11 @@ def _showing(collector: Collector) -> Input:
     return see
 
 
-def _run(model: nn.Module, batch: Any, run: Run | None) -> None:
-    if run is None:
+def _run(model: nn.Module, batch: Any, loss: Loss | None) -> None:
+    if loss is None:
         model(**batch)
     else:
-        run(model, batch)
+        loss(model, batch)
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:

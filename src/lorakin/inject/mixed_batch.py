@@ -27,7 +27,7 @@ from lorakin.inject.branch import Branch
 from lorakin.inject.layer_kinds import LinearLayer, QuantisedLayer, TransposedLayer
 from lorakin.inject.model_registry import attachments_in
 from lorakin.inject.threads import changing, fail_other_forwards, record_choice, undo_choice
-from lorakin.inject.token_rows import put
+from lorakin.inject.token_rows import put_rows
 
 FEW_TOKENS = 4
 """Up to this many tokens per row, masking costs less than picking."""
@@ -203,10 +203,10 @@ class MixedBatch:
         x, base = self._one_for_each_row(x), self._one_for_each_row(base)
         index = self._adapters_of_rows(x.shape[0], x.device, module)
 
-        def put_rows(token_rows: Any, rows: Tensor) -> Tensor:
-            return put(module, [token_rows], x[rows], base[rows])
+        def with_rows_of(token_rows: Any, rows: Tensor) -> Tensor:
+            return put_rows(module, [token_rows], x[rows], base[rows])
 
-        return self._each(attachments_of(module), base, index, put_rows)
+        return self._each(attachments_of(module), base, index, with_rows_of)
 
     def replaced(self, module: Any, base: Tensor, x: Tensor) -> Tensor:
         """Computes the output of a module that adapters train whole from `base`, the base's."""

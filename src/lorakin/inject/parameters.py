@@ -23,7 +23,7 @@ IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_we
 It has the first, or the others where keys or values have sizes of their own.
 """
 
-PART = rf"(?:\.(?:(?:{'|'.join(IN_PROJECTIONS)})\.0|out_proj))?"
+ATTENTION_PART = rf"(?:\.(?:(?:{'|'.join(IN_PROJECTIONS)})\.0|out_proj))?"
 """A pattern for what may follow an attention's path in the paths that its adapter is on."""
 
 

@@ -10,7 +10,7 @@ from lorakin.errors import StateError
 from lorakin.family import FrozenWeight, Method, Shape
 from lorakin.inject.adapted import add_to_weight_copy, exchange_moved_weight, module_at
 from lorakin.inject.attachments import attachments_of
-from lorakin.inject.placement import target_of
+from lorakin.inject.layer_kinds import unadapted
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -39,7 +39,7 @@ class PlacedModule:
     @property
     def weight(self) -> Tensor | FrozenWeight:
         """Its weight as a matrix, the base's own even while adapters are merged."""
-        return target_of(module_at(self.adapter.model, self.path)).weight
+        return unadapted(module_at(self.adapter.model, self.path)).weight
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The module's tensors by slot."""

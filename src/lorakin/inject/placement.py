@@ -6,19 +6,19 @@ import dataclasses
 import operator
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError
-from lorakin.family import Method, Shape, UnadaptedModule
+from lorakin.family import Method, Shape
 from lorakin.inject import layer_kinds, parameters
 from lorakin.inject.adapted import is_adapted, module_at
 from lorakin.inject.attachments import attachments_of
 from lorakin.inject.biases import NO_BIASES, find_biases
-from lorakin.inject.layer_kinds import ExpertLayer
+from lorakin.inject.layer_kinds import ExpertLayer, unadapted
 from lorakin.inject.patterns import PatternValues
 from lorakin.inject.targets import (
     ALL_LINEAR,
@@ -28,16 +28,21 @@ from lorakin.inject.targets import (
     select,
 )
 from lorakin.inject.trainable_tokens import TokenRows, Tokens, check_free, find_tokens, places_of
-from lorakin.inject.whole_modules import find_modules
+from lorakin.inject.whole_modules import find_whole_modules
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """What an adapter will be, decided and checked before the model is touched.
 
-    `methods` has the method of each adapted module, with its own rank and alpha where a pattern
-    gives it some; `copies` the paths of modules trained whole; `tokens` the rows of a module that
-    are trained; `biases` the paths of modules whose bias is trained.
+    Attributes:
+        method: the method as the user gave it.
+        methods: path → the method of an adapted module, with the rank and alpha that patterns give.
+        whole_modules: paths of modules that are trained whole (PEFT: `modules_to_save`).
+        rank_pattern, alpha_pattern: the patterns that say the same in files.
+        peft_grouped: paths of grouped convolutions with a pair over all their inputs, as PEFT's.
+        tokens: path → the rows of the module that are trained.
+        biases: paths of modules whose bias is trained.
     """
 
     method: Method
@@ -46,13 +51,13 @@ class Placement:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     peft_grouped: frozenset[str] = frozenset()
-    """The grouped convolutions to which a pair over all their inputs is added."""
     tokens: Mapping[str, TokenRows] = dataclasses.field(default_factory=dict)
     biases: tuple[str, ...] = ()
 
 
+N = TypeVar("N")
 RANK_ABOVE = ("refuse", "clamp")
-"""What becomes of a rank above the smaller side of a module's weight."""
+"""What can be done with a rank above the smaller side of a module's weight."""
 
 
 def choose_modules(
@@ -69,7 +74,7 @@ def choose_modules(
     trainable_tokens: Tokens | None = None,
     bias: str = NO_BIASES,
 ) -> Placement:
-    """Choose the modules and check every setting against them; see `lorakin.adapt`."""
+    """Chooses the modules and checks every setting against them; see `lorakin.adapt`."""
     if rank_above not in RANK_ABOVE:
         raise SettingError(
             f"rank_above must be {' or '.join(map(repr, RANK_ABOVE))}, not {rank_above!r}"
@@ -82,94 +87,105 @@ def choose_modules(
             f"rank_pattern and alpha_pattern map patterns to numbers, not {rank_pattern!r} and "
             f"{alpha_pattern!r}"
         ) from None
-    copies = tuple(
-        find_modules(
-            model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
-        )
-    )
-    rows = find_tokens(model, trainable_tokens, copies=copies)
-    paths = select(model, targets, exclude, layer_indices, reserved=copies, alone=bool(rows))
+    whole_names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
+    whole = tuple(find_whole_modules(model, whole_names))
+    rows = find_tokens(model, trainable_tokens, whole_modules=whole)
+    paths = select(model, targets, exclude, layer_indices, reserved=whole, alone=bool(rows))
+
     stacks = {
         path.rpartition(".")[0]
         for path in paths
         if layer_kinds.kind_of(module_at(model, path)) is ExpertLayer
     }
-    attentions = {path for path in map(parameters.attention_of, stacks) if path}
-    rank_pattern = for_stacks(for_stacks(rank_pattern, attentions, parameters.PART), stacks)
-    alpha_pattern = for_stacks(for_stacks(alpha_pattern, attentions, parameters.PART), stacks)
+    rank_pattern = _for_parameters(rank_pattern, stacks)
+    alpha_pattern = _for_parameters(alpha_pattern, stacks)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
+
     method, paths = method.bound_to(paths)
-    chosen = placement_with_patterns(method, paths, copies, rank_pattern, alpha_pattern)
-    check_free(rows, chosen.methods)
-    chosen = dataclasses.replace(chosen, tokens=rows)
-    shapes = {path: target_of(module_at(model, path)).shape for path in chosen.methods}
+    placement = placement_with_patterns(method, paths, whole, rank_pattern, alpha_pattern)
+    check_free(rows, placement.methods)
+    placement = dataclasses.replace(placement, tokens=rows)
+    shapes = {path: unadapted(module_at(model, path)).shape for path in placement.methods}
     if rank_above == "clamp":
-        chosen = _clamped(chosen, shapes, stacks)
-    for path, there in chosen.methods.items():
-        there.check(shapes[path], path)
-    biases = find_biases(model, bias, chosen.methods, copies)
+        placement = _clamped(placement, shapes, stacks)
+    for path, method_of_module in placement.methods.items():
+        method_of_module.check(shapes[path], path)
+
+    biases = find_biases(model, bias, placement.methods, whole)
     if both := sorted(set(biases) & set(places_of(rows))):
         raise SettingError(
-            f"{both[0]} cannot have rows of tokens and a bias of its own in one adapter; leave "
-            f"one of them out"
+            f"an adapter cannot train both rows of tokens and the bias of {both[0]}; leave one of "
+            "them out"
         )
-    return dataclasses.replace(chosen, biases=biases)
+    return dataclasses.replace(placement, biases=biases)
+
+
+def _for_parameters(pattern_values: Mapping[str, N], stacks: Iterable[str]) -> dict[str, N]:
+    """Lets patterns that match an attention or a stack of experts match its matrices too."""
+    attentions = {path for path in map(parameters.attention_of, stacks) if path}
+    of_attentions = for_stacks(pattern_values, attentions, parameters.ATTENTION_PART)
+    return for_stacks(of_attentions, stacks)
 
 
 def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]) -> Placement:
-    """The placement in which no module has more ranks than its weight, as patterns would say it.
+    """Returns the placement in which no module has more ranks than its weight allows.
 
-    A stack of experts whose matrices are all clamped has one pattern, as its files have.
+    Its patterns say so too. A stack of experts all of whose matrices are clamped has one pattern,
+    as its files have.
     """
-    settings = {path: there.clamped(shapes[path]) for path, there in placement.methods.items()}
-    fewer = {path: own for path, own in settings.items() if own}
-    if not fewer:
+    settings = {path: method.clamped(shapes[path]) for path, method in placement.methods.items()}
+    clamped = {path: lower for path, lower in settings.items() if lower}
+    if not clamped:
         return placement
-    ranks = {path: next(iter(own.values())) for path, own in fewer.items()}
-    said = ", ".join(f"{path} {rank}" for path, rank in list(ranks.items())[:5]) + (
-        ", …" if len(ranks) > 5 else ""
-    )
+
+    ranks = {path: next(iter(lower.values())) for path, lower in clamped.items()}
+    first = ", ".join(f"{path} {rank}" for path, rank in list(ranks.items())[:5])
+    more = ", …" if len(ranks) > 5 else ""
     warnings.warn(
-        f"rank_above='clamp': {len(fewer)} of {len(placement.methods)} modules have the largest "
-        f"rank that their weight allows ({said})",
+        f"rank_above='clamp': {len(clamped)} of {len(placement.methods)} modules have the largest "
+        f"rank that their weight allows ({first}{more})",
         LorakinWarning,
         stacklevel=4,
     )
+
     methods = {
-        path: there.with_settings(**fewer[path]) if path in fewer else there
-        for path, there in placement.methods.items()
+        path: method.with_settings(**clamped[path]) if path in clamped else method
+        for path, method in placement.methods.items()
     }
-    stacks = stacks - {path.rpartition(".")[0] for path in placement.methods.keys() - fewer.keys()}
-    named = {
-        path: path.rpartition(".")[0] if path.rpartition(".")[0] in stacks else path
-        for path in fewer
-    }
-    own = {
-        f"^{re.escape(named[path])}": ranks[path]
-        for path, setting in fewer.items()
-        if "rank" in setting
+    partly_clamped = {_parent(path) for path in placement.methods.keys() - clamped.keys()}
+    clamped_stacks = stacks - partly_clamped
+    pattern = {
+        f"^{re.escape(_parent(path) if _parent(path) in clamped_stacks else path)}": ranks[path]
+        for path, lower in clamped.items()
+        if "rank" in lower
     }
     return dataclasses.replace(
         placement,
         methods=methods,
-        rank_pattern=for_stacks(own, stacks) | dict(placement.rank_pattern),
+        rank_pattern=for_stacks(pattern, clamped_stacks) | dict(placement.rank_pattern),
     )
 
 
-def rearranged(placement: Placement, settings: Mapping[str, Mapping[str, Any] | None]) -> Placement:
-    """The placement with other settings for these modules, as patterns would say it.
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def placement_with_settings(
+    placement: Placement, settings: Mapping[str, Mapping[str, Any] | None]
+) -> Placement:
+    """Returns the placement with other settings for these modules; its patterns say so too.
 
     None in place of settings leaves a module out.
     """
-    given = {path: own for path, own in settings.items() if own is not None}
+    changed = {path: new for path, new in settings.items() if new is not None}
     methods = {
-        path: method.with_settings(**given[path]) if path in given else method
+        path: method.with_settings(**changed[path]) if path in changed else method
         for path, method in placement.methods.items()
         if settings.get(path, {}) is not None
     }
     patterns = {
-        name: {f"^{re.escape(path)}": own[name] for path, own in given.items() if name in own}
+        name: {f"^{re.escape(path)}": new[name] for path, new in changed.items() if name in new}
         for name in ("rank", "alpha")
     }
     return dataclasses.replace(
@@ -183,39 +199,32 @@ def rearranged(placement: Placement, settings: Mapping[str, Mapping[str, Any] | 
 def placement_with_patterns(
     method: Method,
     paths: Sequence[str],
-    copies: Sequence[str],
+    whole_modules: Sequence[str],
     rank_pattern: Mapping[str, int],
     alpha_pattern: Mapping[str, float],
 ) -> Placement:
-    """The placement for modules already chosen: gives each its rank and alpha."""
+    """Returns the placement for modules already chosen: gives each its rank and alpha."""
     methods = {}
-    values: dict[str, PatternValues[Any]] = {
+    pattern_values: dict[str, PatternValues[Any]] = {
         "rank": PatternValues(rank_pattern),
         "alpha": PatternValues(alpha_pattern),
     }
     for path in paths:
-        said = {setting: value.of(path, None) for setting, value in values.items()}
-        own = {setting: value for setting, value in said.items() if value is not None}
-        methods[path] = method.with_settings(**own) if own else method
-    return Placement(method, methods, tuple(copies), dict(rank_pattern), dict(alpha_pattern))
-
-
-def target_of(module: nn.Module) -> UnadaptedModule:
-    """The module's shape and its base weight as a matrix, also while adapters are merged."""
-    kind = layer_kinds.kind_of(module)
-    assert kind is not None
-    return UnadaptedModule(kind.shape(module), kind.weight(module))
+        values = {setting: of.of(path, None) for setting, of in pattern_values.items()}
+        settings = {setting: value for setting, value in values.items() if value is not None}
+        methods[path] = method.with_settings(**settings) if settings else method
+    return Placement(method, methods, tuple(whole_modules), dict(rank_pattern), dict(alpha_pattern))
 
 
 def base_weight_of(module: nn.Module) -> Tensor:
-    """The module's base weight as a matrix (outputs, inputs).
+    """Returns the module's base weight as a matrix (outputs, inputs).
 
-    It is the base's own also while adapters are merged or have moved it.
+    It is the base's also while adapters are merged or have moved it.
     """
     kind = layer_kinds.kind_of(module)
     assert kind is not None
-    aside = attachments_of(module).base_before_move.get("weight") if is_adapted(module) else None
-    weight = kind.weight(module) if aside is None else kind.matrix(aside.detach())
+    kept = attachments_of(module).base_before_move.get("weight") if is_adapted(module) else None
+    weight = kind.weight(module) if kept is None else kind.matrix(kept.detach())
     return weight if isinstance(weight, Tensor) else weight.matrix
 
 
@@ -226,17 +235,17 @@ def initial_tensors(
     dtype: torch.dtype | None,
     measured: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """The method's initial tensors, for `InsertedAdapter.install`.
+    """Returns the method's initial tensors, for `InsertedAdapter.install`.
 
     They are drawn on the CPU, so that a seed means the same everywhere. `measured` is what a member
-    that starts by data found, by path.
+    that starts by data has found, by path.
     """
-    targets = {
-        path: target_of(module_at(model, path))._replace(measured=(measured or {}).get(path))
+    modules = {
+        path: unadapted(module_at(model, path))._replace(measured=(measured or {}).get(path))
         for path in placement.methods
     }
-    meta = any(target.weight.device.type == "meta" for target in targets.values())
-    device = torch.device("meta" if meta else "cpu")
+    has_meta = any(module.weight.device.type == "meta" for module in modules.values())
+    device = torch.device("meta" if has_meta else "cpu")
     return placement.method.start(
-        targets, placement.methods, None if meta else generator, device, dtype
+        modules, placement.methods, None if has_meta else generator, device, dtype
     )

@@ -13,10 +13,10 @@ from lorakin.family.sharding import whole_shape
 from lorakin.inject.adapted import attachments_at, is_adapted, module_at, resized_message
 from lorakin.inject.attachments import Attachments, attachments_of, base_state
 from lorakin.inject.branch import Branch, Copy
-from lorakin.inject.layer_kinds import ExpertLayer
+from lorakin.inject.layer_kinds import ExpertLayer, unadapted
 from lorakin.inject.model_registry import registry_of
 from lorakin.inject.part import Part
-from lorakin.inject.placement import base_weight_of, target_of
+from lorakin.inject.placement import base_weight_of
 from lorakin.inject.token_rows import TokenRowsBranch
 from lorakin.inject.trainable_tokens import places_of
 
@@ -60,7 +60,7 @@ class AdapterTensors(Part):
         It is in float32 at least. Tensors that only files hold, such as Delta-LoRA's anchors, do
         not count; see `saved_change`.
         """
-        return self.branch(path).pair(target_of(module_at(self.model, path)).weight)
+        return self.branch(path).pair(unadapted(module_at(self.model, path)).weight)
 
     def base_weight(self, path: str) -> Tensor:
         """Returns the base weight of the module at `path` as a matrix; see `base_weight_of`."""

@@ -1,10 +1,10 @@
-"""Single rows of a table that an adapter trains: those of a few tokens, in an embedding or a head.
+"""Trained rows of a table, those of a few tokens: the module that holds them, and its forward.
 
     W' = W, except W'[ids] = rows        W: (vocabulary, dim)   ids: (k,)   rows: (k, dim)
 
-The rows themselves are trained, not differences from the base's. So it does not matter what the
-base holds at these ids: a resized vocabulary has other random numbers there each time. No table is
-formed in a call: an embedding looks the ids up in both, and a head computes the k columns again.
+The rows are trained, not differences from the base's. So it does not matter what the base holds at
+these ids: a resized vocabulary has other random values there each time. A call forms no table: an
+embedding looks the ids up in both, and a head computes the k columns again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lorakin.kernels.unformed_weight import UnformedWeight
 class TokenRowsBranch(nn.Module):
     """The rows that one adapter trains in one module.
 
-    `tokens` are their ids, ascending. `rows` (k, dim) is a parameter, which modules with one weight
-    share. `ids` holds the same numbers as a buffer, so that they move to the device of the rows.
+    `tokens` has their ids, ascending. `rows` (k, dim) is a parameter, which modules with one weight
+    share. `ids` has the ids as a buffer, so that they move to the device of the rows.
 
     >>> rows = TokenRowsBranch("embed", [1], nn.Parameter(torch.ones(1, 2)))
     >>> rows.into(torch.zeros(3, 2)).tolist()
@@ -79,10 +79,10 @@ class WithRows(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         attached = attachments_of(self)
-        own = attached.in_use()
+        token_rows = attached.in_use()
         weight = self._parameters.get("weight")
         if weight is not None:
-            check_size(own, attached, weight)
+            check_size(token_rows, attached, weight)
         if attached.changes_weight_reads:
             return super().forward(*args, **kwargs)
 
@@ -92,10 +92,10 @@ class WithRows(Swapped):
         finally:
             attached.forward_depth -= 1
         x = args[0] if args else next(iter(kwargs.values()))
-        with offloaded_tensors_loaded(own):
+        with offloaded_tensors_loaded(token_rows):
             if attached.mixed_batch is not None:
                 return attached.mixed_batch.with_rows(self, x, out)
-            return put(self, own, x, out)
+            return put_rows(self, token_rows, x, out)
 
     def __getattr__(self, name: str) -> Any:
         attached = attachments_or_none(self) if name == "weight" else None
@@ -104,9 +104,9 @@ class WithRows(Swapped):
         return _read(self, attached) if is_in_forward(1) else super().__getattr__(name)
 
 
-def put(module: Any, own: Sequence[TokenRowsBranch], x: Tensor, out: Tensor) -> Tensor:
-    """Puts what these rows make of `x` into `out`, what the base makes of it; may write over it."""
-    for rows in own:
+def put_rows(module: Any, token_rows: Sequence[TokenRowsBranch], x: Tensor, out: Tensor) -> Tensor:
+    """Returns the base's output `out` for `x` with the outputs of these rows; may overwrite it."""
+    for rows in token_rows:
         if isinstance(module, nn.Embedding):
             out = rows.looked_up(x, out, module.padding_idx)
         else:
@@ -115,15 +115,15 @@ def put(module: Any, own: Sequence[TokenRowsBranch], x: Tensor, out: Tensor) -> 
     return out
 
 
-def check_size(own: Sequence[TokenRowsBranch], attached: Attachments, table: Tensor) -> None:
+def check_size(token_rows: Sequence[TokenRowsBranch], attached: Attachments, table: Tensor) -> None:
     """Checks that the table has the size that it had when its rows were chosen.
 
     Raises:
         StateError: it was resized since.
     """
-    if own and attached.shape is not None and table.shape != attached.shape:
+    if token_rows and attached.shape is not None and table.shape != attached.shape:
         raise StateError(
-            f"{own[0].path} is now {' x '.join(map(str, table.shape))}, but it was "
+            f"{token_rows[0].path} is now {' x '.join(map(str, table.shape))}, but it was "
             f"{' x '.join(map(str, attached.shape))} when rows of it were chosen to train: "
             "something, such as resize_token_embeddings, has changed it since. Resize a model "
             "before you adapt it; here, remove the adapter, resize, and adapt again"
@@ -133,20 +133,21 @@ def check_size(own: Sequence[TokenRowsBranch], attached: Attachments, table: Ten
 def _read(module: Any, attached: Attachments) -> Tensor:
     """Returns the module's weight with the rows in use, for a forward that reads it."""
     weight: Tensor = module._parameters["weight"]
-    own: list[TokenRowsBranch] = attached.in_use()
+    token_rows: list[TokenRowsBranch] = attached.in_use()
     if attached.mixed_batch is not None:
         raise StateError(
-            f"{own[0].path} is read without being called, so it cannot be in a mixed batch"
+            f"{token_rows[0].path} is read without being called, so it cannot be in a mixed batch"
         )
     if torch.compiler.is_compiling():
-        return _formed(weight, own)
-    whole: TableWithRows = TableWithRowsFunction.apply(weight, own, *(rows.rows for rows in own))  # type: ignore[no-untyped-call]
-    whole.weight, whole.own = weight, own
+        return _formed(weight, token_rows)
+    trained = [rows.rows for rows in token_rows]
+    whole: TableWithRows = TableWithRowsFunction.apply(weight, token_rows, *trained)  # type: ignore[no-untyped-call]
+    whole.weight, whole.token_rows = weight, token_rows
     return whole
 
 
-def _formed(weight: Tensor, own: Sequence[TokenRowsBranch]) -> Tensor:
-    for rows in own:
+def _formed(weight: Tensor, token_rows: Sequence[TokenRowsBranch]) -> Tensor:
+    for rows in token_rows:
         weight = rows.into(weight)
     return weight
 
@@ -155,7 +156,7 @@ class TableWithRows(UnformedWeight):
     """A weight with some rows replaced, formed only where something needs it whole."""
 
     weight: Tensor
-    own: Any  # list[TokenRowsBranch]
+    token_rows: Any  # list[TokenRowsBranch]
     address_refused: ClassVar[str] = (
         "a kernel takes the weight of a table by its address, and so would miss the rows that an "
         "adapter trains in it; merge the adapter, or choose another kernel"
@@ -163,7 +164,7 @@ class TableWithRows(UnformedWeight):
 
     def formed(self) -> Tensor:
         """Computes the table with the rows."""
-        return _formed(self.weight, self.own)
+        return _formed(self.weight, self.token_rows)
 
     @classmethod
     def compute_from_parts(
@@ -174,13 +175,13 @@ class TableWithRows(UnformedWeight):
             return None
         if name == "embedding":
             out: Tensor = func(x, table.weight, *args[2:], **kwargs)
-            for rows in table.own:
+            for rows in table.token_rows:
                 out = rows.looked_up(x, out, kwargs.get("padding_idx", third))
             return out
         if name == "linear":
             bias = kwargs.get("bias", third)
             out = F.linear(x, table.weight, bias)
-            for rows in table.own:
+            for rows in table.token_rows:
                 out.index_copy_(-1, rows.ids, rows.columns(x, bias, table.dtype).to(out.dtype))
             return out
         return None
@@ -193,8 +194,10 @@ class TableWithRowsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, own: Sequence[TokenRowsBranch], *rows: Tensor) -> Tensor:
-        ctx.save_for_backward(*(one.ids for one in own))
+    def forward(
+        ctx: Any, weight: Tensor, token_rows: Sequence[TokenRowsBranch], *rows: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*(rows_of_one.ids for rows_of_one in token_rows))
         ctx.dtypes = [tensor.dtype for tensor in rows]
         return TableWithRows.shaped_like(weight)
 

@@ -1,4 +1,7 @@
-"""Which rows of which tables an adapter trains: token ids of the user, checked on the model."""
+"""`trainable_tokens`: which rows of which tables an adapter trains, checked on the model.
+
+`token_rows.py` has the module that holds the rows (PEFT: `trainable_token_indices`).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ RESIZE = (
 class TokenRows:
     """The ids of the rows that are trained in one module, ascending.
 
-    `tied` are the paths of modules that hold the same weight, and so see the same rows.
+    `tied` has the paths of modules that hold the same weight, and so see the same rows.
     """
 
     ids: tuple[int, ...]
@@ -38,7 +41,7 @@ class TokenRows:
 
 
 def find_tokens(
-    model: nn.Module, wanted: Tokens | None, copies: Iterable[str] = ()
+    model: nn.Module, wanted: Tokens | None, whole_modules: Iterable[str] = ()
 ) -> dict[str, TokenRows]:
     """Returns the rows to train by the path of the module, each weight once.
 
@@ -49,7 +52,7 @@ def find_tokens(
         model: the base.
         wanted: ids for the input embedding, or ids by the name of a module: its path, or last
             parts.
-        copies: paths of modules that are trained whole; no rows can be trained in them.
+        whole_modules: paths of modules that are trained whole; no rows can be trained in them.
 
     Raises:
         SettingError: something is no id of a row that the module has.
@@ -60,25 +63,25 @@ def find_tokens(
     {'0': TokenRows(ids=(3, 5), tied=())}
     """
     modules = named_modules(model)
-    return tied_rows(model, _named(model, modules, wanted), copies)
+    return tied_rows(model, _named(model, modules, wanted), whole_modules)
 
 
 def tied_rows(
     model: nn.Module,
     named: Mapping[str, tuple[int, ...]],
-    copies: Iterable[str] = (),
-    joins: Callable[[str, str], bool] = lambda one, other: True,
+    whole_modules: Iterable[str] = (),
+    same_values: Callable[[str, str], bool] = lambda path, other: True,
 ) -> dict[str, TokenRows]:
     """Returns the same as `find_tokens`, from ids by path.
 
-    `joins(path, other)` says whether a module with the weight of `path` sees its rows.
+    `same_values(path, other)` says whether a module with the weight of `path` sees its rows.
     """
-    modules, copies = named_modules(model), tuple(copies)
-    found: dict[str, TokenRows] = {}
+    modules, whole_modules = named_modules(model), tuple(whole_modules)
+    rows: dict[str, TokenRows] = {}
     partners: set[str] = set()
     for path, ids in sorted(named.items(), key=lambda item: list(modules).index(item[0])):
         _check(path, modules[path], ids)
-        if whole := [copy for copy in copies if _is_in(path, copy)]:
+        if whole := [other for other in whole_modules if _is_in(path, other)]:
             raise TargetError(
                 f"rows of {path} are to be trained, but {whole[0]} is changed otherwise too, for "
                 "example by modules_to_save; leave out one"
@@ -88,26 +91,26 @@ def tied_rows(
         tied = [
             other
             for other in _partners(modules, path)
-            if not any(_is_in(other, copy) for copy in copies)
+            if not any(_is_in(other, whole) for whole in whole_modules)
             and named.get(other, ids) == ids
-            and joins(path, other)
+            and same_values(path, other)
         ]
         partners |= set(tied)
-        found[path] = TokenRows(ids, tuple(tied))
-    return found
+        rows[path] = TokenRows(ids, tuple(tied))
+    return rows
 
 
 def _is_in(path: str, whole: str) -> bool:
     return path == whole or path.startswith(whole + ".")
 
 
-def check_free(tokens: Mapping[str, TokenRows], branches: Iterable[str]) -> None:
-    """Checks that no module with trained rows is among `branches`, which get a pair.
+def check_free(tokens: Mapping[str, TokenRows], adapted_paths: Iterable[str]) -> None:
+    """Checks that no module with trained rows is among `adapted_paths`, which get a pair.
 
     Raises:
         TargetError: one is.
     """
-    if both := sorted(set(branches) & set(places_of(tokens))):
+    if both := sorted(set(adapted_paths) & set(places_of(tokens))):
         raise TargetError(
             f"{both[0]} cannot have both: an adapter's pair, and rows of tokens that are trained. "
             "Leave it out of the targets, or out of trainable_tokens (a head tied to the embedding "
@@ -134,7 +137,7 @@ def _named(
         return (
             {_input_embedding(model, modules): _as_ids(ids, "the input embedding")} if ids else {}
         )
-    found: dict[str, tuple[int, ...]] = {}
+    ids_by_path: dict[str, tuple[int, ...]] = {}
     for name, tokens in wanted.items():
         paths = [path for path in modules if path and (path == name or path.endswith(f".{name}"))]
         if not paths:
@@ -144,15 +147,15 @@ def _named(
                 f"{some(tables) or 'none'}"
             )
         for path in paths:
-            found[path] = _as_ids(tokens, name)
-    return found
+            ids_by_path[path] = _as_ids(tokens, name)
+    return ids_by_path
 
 
 def _as_ids(tokens: Any, name: str) -> tuple[int, ...]:
     try:
-        every = list(tokens)
-        ids = [operator.index(token) for token in every if not isinstance(token, bool)]
-        if len(ids) < len(every) or not ids:
+        given = list(tokens)
+        ids = [operator.index(token) for token in given if not isinstance(token, bool)]
+        if len(ids) < len(given) or not ids:
             raise TypeError
     except TypeError:
         raise SettingError(
@@ -186,17 +189,17 @@ def _check(path: str, module: Any, ids: tuple[int, ...]) -> None:
         TargetError: they cannot.
         SettingError: it has no such row.
     """
-    if reason := layer_kinds.refusal(module) or _without_rows(module):
+    if reason := layer_kinds.refusal(module) or _refusal_of_rows(module):
         raise TargetError(f"no rows of {path} can be trained: it is {reason}")
     count = whole_shape(module.weight)[0]
-    if strange := [token for token in ids if not 0 <= token < count]:
+    if unknown := [token for token in ids if not 0 <= token < count]:
         raise SettingError(
-            f"trainable_tokens: there is no token {strange[0]} in {path}, which has {count} rows; "
+            f"trainable_tokens: there is no token {unknown[0]} in {path}, which has {count} rows; "
             f"{RESIZE}"
         )
 
 
-def _without_rows(module: Any) -> str | None:
+def _refusal_of_rows(module: Any) -> str | None:
     """Returns why no rows of a layer can be trained; None if they can."""
     kind = layer_kinds.kind_of(module)
     if kind is QuantisedLayer:
@@ -216,7 +219,7 @@ def _partners(modules: Mapping[str, nn.Module], path: str) -> list[str]:
     weight = modules[path]._parameters["weight"]
     if not isinstance(modules[path], nn.Embedding):
         return []
-    found = []
+    partners = []
     for other, module in modules.items():
         held = [leaf for leaf, parameter in module._parameters.items() if parameter is weight]
         if other == path or not held:
@@ -227,8 +230,8 @@ def _partners(modules: Mapping[str, nn.Module], path: str) -> list[str]:
                 f"{path} shares its weight with {other}, a {type(module).__name__}, in which rows "
                 "cannot be trained"
             )
-        found.append(other)
-    return found
+        partners.append(other)
+    return partners
 
 
 @torch.no_grad()
@@ -236,18 +239,18 @@ def base_rows(
     model: nn.Module, tokens: Mapping[str, TokenRows], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Returns the base's rows by path, in `dtype`, or float32 at least: a new adapter's start."""
-    found = {}
+    initial = {}
     for path, rows in tokens.items():
         table = base_table(model.get_submodule(path))
         wide = wide_dtype(table.dtype) if dtype is None else dtype
-        found[path] = table[torch.tensor(rows.ids, device=table.device)].to(wide)
-    return found
+        initial[path] = table[torch.tensor(rows.ids, device=table.device)].to(wide)
+    return initial
 
 
 def base_table(module: Any) -> Tensor:
-    """Returns the base's own weight, whole, whatever adapters do with it."""
-    aside = (attachments_or_none(module) or Attachments()).base_before_merge.get("weight")
-    weight: Any = module._parameters["weight"] if aside is None else aside
+    """Returns the base's weight, unsharded, whatever adapters do with it."""
+    kept = (attachments_or_none(module) or Attachments()).base_before_merge.get("weight")
+    weight: Any = module._parameters["weight"] if kept is None else kept
     whole: Tensor = weight.full_tensor() if is_distributed(weight) else weight
     return whole.detach()
 
@@ -255,14 +258,14 @@ def base_table(module: Any) -> Tensor:
 def rows_for(
     modules: Mapping[str, nn.Module], tokens: Mapping[str, TokenRows], values: Mapping[str, Tensor]
 ) -> dict[str, TokenRowsBranch]:
-    """Returns what to hang on each module; modules with one weight share one parameter."""
-    found = {}
+    """Returns what to attach to each module; modules with one weight share one parameter."""
+    branches = {}
     for path, rows in tokens.items():
         device = modules[path]._parameters["weight"].device  # type: ignore[union-attr]
         parameter = nn.Parameter(values[path].detach().to(device), requires_grad=True)
         for place in (path, *rows.tied):
-            found[place] = TokenRowsBranch(place, rows.ids, parameter)
-    return found
+            branches[place] = TokenRowsBranch(place, rows.ids, parameter)
+    return branches
 
 
 def places_of(tokens: Mapping[str, TokenRows]) -> tuple[str, ...]:
@@ -304,7 +307,7 @@ def keep_ties(
                 follower.weight = leader._parameters["weight"]
 
 
-def fold(weight: Tensor, adapters: Sequence[TokenRowsBranch]) -> Tensor:
+def table_with_rows(weight: Tensor, adapters: Sequence[TokenRowsBranch]) -> Tensor:
     """Returns `weight` (vocabulary, dim) with the rows of several adapters.
 
     Raises:

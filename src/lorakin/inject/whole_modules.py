@@ -12,13 +12,13 @@ from lorakin.inject.near_names import near
 from lorakin.inject.targets import is_inside, named_modules
 
 
-def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+def find_whole_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Returns the paths of the modules to train whole, selected by path or last parts of it.
 
     Raises:
         TargetError: no module has that name, or one that has it cannot be trained whole.
 
-    >>> find_modules(nn.ModuleDict({"score": nn.Linear(2, 2), "act": nn.ReLU()}), ["score"])
+    >>> find_whole_modules(nn.ModuleDict({"score": nn.Linear(2, 2), "act": nn.ReLU()}), ["score"])
     ['score']
     """
     modules = {path: m for path, m in named_modules(model).items() if path}

@@ -18,6 +18,7 @@ from lorakin.adapting import adapt
 from lorakin.family import Method
 from lorakin.inject import placement
 from lorakin.inject.adapted import module_at
+from lorakin.inject.layer_kinds import unadapted
 from lorakin.inject.measuring import check_called
 from lorakin.inject.targets import ALL_LINEAR, Targets
 from lorakin.training import loading
@@ -139,7 +140,7 @@ def with_assumed_importance(
     }
     paths = placement.choose_modules(model, method.for_probe(), targets, **arguments).methods
     check_called(model, paths)
-    shapes = {path: placement.target_of(module_at(model, path)).shape for path in paths}
+    shapes = {path: unadapted(module_at(model, path)).shape for path in paths}
     ranked = sorted(shapes, key=lambda path: -(shapes[path].inputs + shapes[path].outputs))
     return method.with_importance(_almost_equal(ranked))
 

@@ -17,8 +17,8 @@ from lorakin.family.weight import has_no_values
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import base_state
 from lorakin.inject.buffers import refusal_of_buffers
-from lorakin.inject.layer_kinds import PeftGroupedConvolution
-from lorakin.inject.placement import Placement, target_of
+from lorakin.inject.layer_kinds import PeftGroupedConvolution, unadapted
+from lorakin.inject.placement import Placement
 from lorakin.inject.targets import named_modules
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.prefixes import other_prefix
@@ -111,7 +111,7 @@ def targets_of(
     modules: Mapping[str, nn.Module], placement: Placement
 ) -> dict[str, UnadaptedModule]:
     """Returns the shape and weight of each adapted module."""
-    targets = {path: target_of(modules[path]) for path in modules if path in placement.methods}
+    targets = {path: unadapted(modules[path]) for path in modules if path in placement.methods}
     for path in placement.peft_grouped & targets.keys():
         targets[path] = targets[path]._replace(shape=PeftGroupedConvolution.shape(modules[path]))
     return targets

@@ -20,7 +20,7 @@ from lorakin.inject.layer_numbers import parse_layers
 from lorakin.inject.llama_fusions import fuse
 from lorakin.inject.measuring import check_called
 from lorakin.inject.targets import head_of
-from lorakin.inject.whole_modules import find_modules
+from lorakin.inject.whole_modules import find_whole_modules
 from lorakin.loop import float16_base
 from lorakin.storage import atomic, paths, tokenizer_fingerprint
 from lorakin.training import limits, processes, reading, run_directory, schedules
@@ -153,7 +153,7 @@ def _where(run: PreparedRun) -> dict[str, Any]:
     """Returns the arguments of `adapt` that say what is adapted and what is trained whole."""
     recipe, model = run.recipe, run.loaded.model
     whole = list(recipe.modules_to_save or (head_of(model) if run.labels is not None else []))
-    heads = tuple(f"{path}." for path in find_modules(model, whole)) if whole else ()
+    heads = tuple(f"{path}." for path in find_whole_modules(model, whole)) if whole else ()
     # what the base's files lack, such as a pooler, is random, so it is trained too
     whole += [path for path in run.loaded.fresh if not f"{path}.".startswith(heads)]
     return {

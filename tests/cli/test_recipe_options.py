@@ -43,6 +43,7 @@ def test_nothing_is_given_where_the_user_says_nothing() -> None:
         (["--set", "ratio=8", "--set", "a=1e-2"], {"settings": {"ratio": 8, "a": 0.01}}),
         (["--columns", "prompt=q,completion=a"], {"columns": {"prompt": "q", "completion": "a"}}),
         (["--rslora", "--no-fuse"], {"rslora": True, "fuse": False}),
+        (["--rank-pattern", "q_proj=8"], {"rank_pattern": {"q_proj": 8}}),
         (["--no-chat-template"], {"chat_template": False}),
         (["--chat-template", "alpaca"], {"chat_template": "alpaca"}),
         (["--template-arg", "quiet=true"], {"template_args": {"quiet": True}}),

@@ -288,9 +288,22 @@ def test_ranks_above_a_weights_side_are_clamped_if_asked(recipe: Recipe) -> None
     )
 
 
+def test_patterns_give_some_modules_another_rank_and_alpha(recipe: Recipe) -> None:
+    recipe.rank_pattern, recipe.alpha_pattern = {"q_proj": 2}, {r"0\.self_attn\.q_proj": 6.0}
+    adapter = training.prepare(recipe, Console(quiet=True)).adapter
+    methods = adapter.placement.methods
+    ranks = {path: method.setting("rank") for path, method in methods.items()}
+    assert {rank for path, rank in ranks.items() if path.endswith("q_proj")} == {2}
+    assert {rank for path, rank in ranks.items() if not path.endswith("q_proj")} == {recipe.rank}
+    assert methods["model.layers.0.self_attn.q_proj"].setting("alpha") == 6.0
+    written = read_recipe(Path(recipe.out) / run_directory.RECIPE, {"out": "other"})
+    assert written.rank_pattern == recipe.rank_pattern
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"rank_pattern": {"q_proj": 0}}, lk.SettingError, "q_proj"),
         ({"model": "/nowhere/at/all"}, lk.ModelError, "/nowhere/at/all"),
         ({"model": "org/not-there"}, lk.ModelError, "org/not-there"),
         ({"model": "missing.gguf"}, lk.ModelError, r"missing\.gguf"),

@@ -161,6 +161,8 @@ def _where(run: PreparedRun) -> dict[str, Any]:
         "exclude": recipe.exclude,
         "layers": None if recipe.layers is None else parse_layers(recipe.layers),
         "modules_to_save": whole,
+        "rank_pattern": recipe.rank_pattern,
+        "alpha_pattern": recipe.alpha_pattern,
         "rank_above": recipe.rank_above,
         "trainable_tokens": rows_of(recipe.trainable_tokens, run.loaded.tokenizer, model),
         "bias": recipe.bias,

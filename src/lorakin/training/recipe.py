@@ -118,6 +118,14 @@ class Recipe:
         default_factory=list
     )
     layers: Annotated[str | None, Option("Only in these layers, such as 0-3,8,-1.")] = None
+    rank_pattern: Annotated[
+        dict[str, AtLeastOne],
+        Option("Another rank for some modules, as in PEFT: down_proj=32.", ("--rank-pattern",)),
+    ] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Annotated[
+        dict[str, Positive],
+        Option("Another alpha for some modules, as in PEFT: down_proj=64.", ("--alpha-pattern",)),
+    ] = dataclasses.field(default_factory=dict)
     modules_to_save: Annotated[list[str], Option("Modules to train whole.")] = dataclasses.field(
         default_factory=list
     )
@@ -293,8 +301,11 @@ def _as_kind(kind: Any, value: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         return [str(item) if isinstance(item, int) else item for item in items]
     if origin is dict and isinstance(value, dict):
-        as_text = typing.get_args(kind)[1] is str
-        return {str(key): str(item) if as_text else as_number(item) for key, item in value.items()}
+        of = typing.get_args(kind)[1]
+        return {
+            str(key): as_number(item) if of is Any else _as_kind(of, item)
+            for key, item in value.items()
+        }
     if kind is str and isinstance(value, int | float):
         return str(value)
     if kind in (int, float) and isinstance(value, str):

@@ -224,7 +224,7 @@ def test_a_files_name_is_no_instruction(evil: str) -> None:
 
 
 def table() -> list[str]:
-    """Rows for docs/howto/serve.md: families of templates, how many are written, what ends an answer, the system prompt."""
+    """Rows for docs/evidence/ollama.md: families of templates, how many are written, what ends an answer, the system prompt."""
     families: dict[str, list[str]] = {}
     for name in TEMPLATES:
         plain = name.removesuffix("_training").replace("transformers_", "transformers: ")
@@ -248,7 +248,7 @@ def table() -> list[str]:
 @pytest.mark.skipif(trl.__version__ != "1.16.0", reason="another version has other templates")
 def test_the_table_in_the_docs() -> None:
     page = (
-        (Path(__file__).parents[2] / "docs" / "howto" / "serve.md")
+        (Path(__file__).parents[2] / "docs" / "evidence" / "ollama.md")
         .read_text(encoding="utf-8")
         .splitlines()
     )

@@ -151,5 +151,5 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Returns whether it holds nothing but hidden files, such as a manifest that was being written."""
+    """Returns whether it has hidden files only, such as a manifest being written."""
     return all(path.name.startswith(".") for path in folder.iterdir())

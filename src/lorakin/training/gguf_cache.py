@@ -215,7 +215,7 @@ def _alone(cache: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _apart(path: Path) -> Iterator[Path]:
-    """Returns a directory that holds only the file, so that no config or code next to it is read."""
+    """Yields a directory that holds only the file, so no config or code next to it is read."""
     with tempfile.TemporaryDirectory(prefix=f"{BESIDE}{os.getpid()}-") as folder:
         (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)

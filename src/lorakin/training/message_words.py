@@ -96,7 +96,7 @@ def standing(
 
 
 def scattered(part: str, text: str) -> bool:
-    """Returns whether all words of a JSON text stand somewhere: templates rewrite the results of tools."""
+    """Returns whether `text` has all words of a JSON text: templates rewrite tools' results."""
     return part.lstrip()[:1] in ("{", "[") and all(word in text for word in WORDS.findall(part))
 
 

@@ -21,7 +21,7 @@ ROOMS = [
     "adapter",
     "adapting",
     "switching",
-    "saved",
+    "loading",
     "conversion",
     "combined",
     "public",
@@ -81,7 +81,7 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
         "adapter": {"torch"},
         "adapting": {"torch"},
         "switching": {"torch"},
-        "saved": {"torch"},
+        "loading": {"torch"},
         "conversion": {"torch"},
         "combined": {"torch"},
     }

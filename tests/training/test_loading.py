@@ -164,7 +164,7 @@ def test_the_door_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     loading.config("x", trust_remote_code=True)
     loading.tokenizer("x", trust_remote_code=True)
     loading.model(Loader, "x", trust_remote_code=True)
-    loading.from_config(Loader, "x", trust_remote_code=True)
+    loading.model_from_config(Loader, "x", trust_remote_code=True)
     assert [options["trust_remote_code"] for options in given] == [False] * 4
 
 

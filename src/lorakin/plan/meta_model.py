@@ -69,7 +69,7 @@ def meta_model(config: Any, dtype: torch.dtype | None = None, classifier: bool =
     what = f"{type(config).__name__} is the config of no {kind}"
     with loading.as_model_error(what), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
-        return loading.from_config(
+        return loading.model_from_config(
             auto, copy.deepcopy(config), dtype=dtype or config.dtype or torch.float32
         )
 

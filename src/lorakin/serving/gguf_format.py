@@ -117,7 +117,7 @@ def architecture_of(config: Any) -> Architecture:
 def meta_model(config: Any) -> nn.Module:
     """Returns the causal language model of `config` on the meta device."""
     with torch.device("meta"):
-        model: nn.Module = loading.from_config(
+        model: nn.Module = loading.model_from_config(
             transformers.AutoModelForCausalLM, config, attn_implementation="eager"
         )
     return model

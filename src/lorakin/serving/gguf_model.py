@@ -277,7 +277,7 @@ def read_model(path: Path, source: Path) -> nn.Module:
             raise ModelError(f"{path} does not hold {key} as {name}, {tuple(tensor.shape)}")
         order = row_order(config, key, tensor.shape[0])
         state[key] = in_file[name] if order is None else in_file[name][torch.argsort(order)]
-    model: nn.Module = loading.from_config(
+    model: nn.Module = loading.model_from_config(
         transformers.AutoModelForCausalLM, config, dtype=torch.float32
     ).eval()
     model.load_state_dict(state)

@@ -60,7 +60,7 @@ class BaseClass:
         what = f"{type(config).__name__} is the config of no model for {self.cls.__name__}"
         with loading.as_model_error(what), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
-            model = loading.from_config(self.cls, own)
+            model = loading.model_from_config(self.cls, own)
         _forget_values(model)
         return model
 

@@ -36,18 +36,19 @@ def config(source: str | Path, **options: Any) -> Any:
 
 def raw_config(source: str | Path) -> dict[str, Any]:
     """Returns a config as its file has it."""
-    said: dict[str, Any] = transformers.PreTrainedConfig.get_config_dict(str(source))[0]
-    return said
+    content: dict[str, Any] = transformers.PreTrainedConfig.get_config_dict(str(source))[0]
+    return content
 
 
 def model(auto: Any, source: str | Path, **options: Any) -> Any:
     """Returns a model with its weights, of the class or Auto class `auto`."""
-    found = auto.from_pretrained(str(source), **{**options, **NO_CODE, **NO_ADAPTER})
-    _answer_by_name(found[0] if isinstance(found, tuple) else found)
-    return found
+    loaded = auto.from_pretrained(str(source), **{**options, **NO_CODE, **NO_ADAPTER})
+    # With `output_loading_info=True` it is a pair of the model and what is missing.
+    _answer_by_name(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
 
 
-def from_config(auto: Any, config: Any, **options: Any) -> Any:
+def model_from_config(auto: Any, config: Any, **options: Any) -> Any:
     """Returns a model from a config alone, without stored weights.
 
     Raises:
@@ -55,13 +56,12 @@ def from_config(auto: Any, config: Any, **options: Any) -> Any:
     """
     is_auto = not (isinstance(auto, type) and issubclass(auto, nn.Module))
     with limited_size(TENSORS, NUMBERS, "its config"):
-        found = (
-            auto.from_config(config, **{**options, **NO_CODE})
-            if is_auto
-            else auto(config, **options)
-        )
-    _answer_by_name(found)
-    return found
+        if is_auto:
+            model = auto.from_config(config, **{**options, **NO_CODE})
+        else:
+            model = auto(config, **options)
+    _answer_by_name(model)
+    return model
 
 
 def _answer_by_name(model: Any) -> None:

@@ -44,7 +44,7 @@ class RenamedPlace:
     """If the old weight was cut: which piece this is, of how many."""
 
 
-class Source(NamedTuple):
+class OldModule(NamedTuple):
     """A module of the file, and where it is today."""
 
     place: RenamedPlace
@@ -85,10 +85,10 @@ def renamed_files(
     if conversion is None:
         return RenamedFiles(config, slots, rest, {})
 
-    sources: dict[str, list[Source]] = {}
+    sources: dict[str, list[OldModule]] = {}
     for old in unknown:
         for place in conversion.places(old, modules):
-            sources.setdefault(place.path, []).append(Source(place, old))
+            sources.setdefault(place.path, []).append(OldModule(place, old))
     moved = {source.old_path for of_path in sources.values() for source in of_path}
     renamed = {path: of_path for path, of_path in slots.items() if path not in moved}
     if clash := [path for path in sources if path in renamed]:
@@ -200,7 +200,7 @@ def _only_joins(operations: Iterable[Any]) -> bool:
 
 def _converted(
     module: nn.Module,
-    sources: Sequence[Source],
+    sources: Sequence[OldModule],
     slots: Mapping[str, Slots],
     scales: Sequence[PairScale],
     where: str,
@@ -241,7 +241,7 @@ def _converted(
 
 
 def _check_pairs(
-    sources: Sequence[Source],
+    sources: Sequence[OldModule],
     of_sources: Sequence[Slots],
     scales: Sequence[PairScale],
     inputs: int,
@@ -280,7 +280,7 @@ def _blocks(
     return (joined | {MAGNITUDE: torch.cat(magnitudes)} if magnitudes else joined), total
 
 
-def _starts(sources: Sequence[Source], rows: Sequence[int], outputs: int) -> list[int] | None:
+def _starts(sources: Sequence[OldModule], rows: Sequence[int], outputs: int) -> list[int] | None:
     """Returns each source's first row; None if a size is unknown or they do not fit.
 
     `rows`: the number of rows of each source.

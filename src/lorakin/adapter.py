@@ -15,7 +15,7 @@ from torch import nn
 from lorakin.errors import AdapterError, StateError
 from lorakin.inject.description import described, in_one_line
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.inject.placement import Placement
+from lorakin.inject.placement_difference import difference_in_words
 from lorakin.loop.optimizer_hooks import follow_optimizer
 from lorakin.loop.parameter_groups import check_attached, check_rates, parameter_groups
 from lorakin.storage import directory, hub
@@ -303,9 +303,13 @@ class Adapter(InsertedAdapter):
                 f"what training remembers, remove {directory.LORAKIN_JSON}"
             )
         document = files.match(self.model)
-        if not self._matches(document.placement, training=files.lorakin_part is not None):
+        if difference := difference_in_words(
+            document.placement, self.placement, training=files.lorakin_part is not None
+        ):
             raise AdapterError(
-                f"{path}: it holds another adapter than {self!r}: {document.placement.method}"
+                f"{path}: it holds another adapter than {self!r}: {difference}. To train the saved "
+                "adapter instead, remove this one and call lorakin.load(model, "
+                f"{str(path)!r}, trainable=True)"
             )
         self.run.end()
         with torch.no_grad():
@@ -320,25 +324,6 @@ class Adapter(InsertedAdapter):
             self.tensors.take_buffers(document.buffers)
         if document.state is not None:
             self.run.restore_state(document.state)
-
-    def _matches(self, placement: Placement, training: bool) -> bool:
-        """Returns whether a placement is this adapter's.
-
-        What members decide when a run begins, and ranks freed since, make no difference.
-        """
-        ours = self.placement
-        if list(ours.methods) != list(placement.methods):
-            return False
-        if (ours.whole_modules, ours.tokens, ours.biases) != (
-            placement.whole_modules,
-            placement.tokens,
-            placement.biases,
-        ):
-            return False
-        pairs = [(method, placement.methods[path]) for path, method in ours.methods.items()]
-        pairs = pairs or [(ours.method, placement.method)]
-        distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
-        return all(one.agrees_with(other, training) for one, other in distinct.values())
 
     def __repr__(self) -> str:
         return in_one_line(self)

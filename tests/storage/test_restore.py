@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise, tiny_llama
@@ -109,3 +109,59 @@ def test_our_own_files_say_how_they_were_trained(tmp_path: Path) -> None:
     adapter = lk.adapt(tiny_llama(), lk.LoRAPlus(rank=4, alpha=8), TARGETS)
     with pytest.raises(lk.AdapterError):
         adapter.restore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "present", "expected"),
+    [
+        ({"member": lk.DoRA(rank=4, alpha=8)}, {}, ["dora", "lora"]),
+        ({"member": lk.LoRA(rank=4, alpha=12)}, {}, ["alpha", PATHS[0], "12", "8"]),
+        ({"rank_pattern": {PATHS[2]: 3}}, {}, ["rank", PATHS[2], "3", "4"]),
+        ({"targets": ["q_proj"]}, {}, [PATHS[1]]),
+        ({}, {"targets": ["q_proj"]}, [PATHS[1]]),
+        ({"modules_to_save": ["lm_head"]}, {}, ["lm_head"]),
+        ({"trainable_tokens": [1]}, {}, ["model.embed_tokens"]),
+        ({"trainable_tokens": [1]}, {"trainable_tokens": [2]}, ["model.embed_tokens"]),
+        ({}, {"bias": "lora_only"}, [PATHS[0]]),
+    ],
+)
+def test_the_error_names_the_first_difference(
+    saved: dict[str, Any], present: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
+    settings = {"member": lk.LoRA(rank=4, alpha=8), "targets": TARGETS}
+    model, other = (tiny_llama(tied=False, attention_bias=True) for _ in range(2))
+    randomise(lk.adapt(model, **{**settings, **saved})).save(tmp_path)
+    adapter = lk.adapt(other, **{**settings, **present})
+    with pytest.raises(lk.AdapterError) as raised:
+        adapter.restore(tmp_path)
+    message = str(raised.value).replace(repr(adapter), "")
+    assert all(word in message for word in expected), message
+
+
+def test_ranks_that_were_chosen_from_other_data(tmp_path: Path) -> None:
+    """The error says which module's rank differs, and its way out works."""
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return model["a"](batch[0]).sum() + model["b"](batch[1]).sum()
+
+    def model() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+
+    spread, narrow = torch.randn(64, 8), torch.randn(64, 1) * torch.ones(8)
+    narrow = narrow + 0.01 * torch.randn(64, 8)
+    first, second = model(), model()
+    of_spread_a, of_spread_b = (
+        lk.adapt(model, lk.EVA(rank=2), ["a", "b"], probe=[batch] * 3, loss=loss)
+        for model, batch in ((first, (spread, narrow)), (second, (narrow, spread)))
+    )
+    ranks = of_spread_a.placement.methods["a"].setting("rank")
+    assert ranks != of_spread_b.placement.methods["a"].setting("rank")
+    randomise(of_spread_a).save(tmp_path)
+    with pytest.raises(lk.AdapterError) as raised:
+        of_spread_b.restore(tmp_path)
+    assert f"rank of a is {ranks}" in str(raised.value) and "lorakin.load" in str(raised.value)
+    of_spread_b.remove()
+    loaded = lk.load(second, tmp_path, trainable=True)
+    for saved, tensor in zip(of_spread_a.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(saved, tensor) and tensor.requires_grad

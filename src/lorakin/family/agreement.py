@@ -6,8 +6,9 @@ one spelling and a user another; resuming and loading ask here whether they mean
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Set
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorakin.family.member import COMPUTING, Modifier, Parametrisation, overrides
 
@@ -15,22 +16,34 @@ if TYPE_CHECKING:
     from lorakin.family.method import Method
 
 
-def same_method(one: Method, other: Method, training: bool = True) -> bool:
-    """Returns whether two methods are the same.
+class Difference(NamedTuple):
+    """The first thing in which two methods differ: a setting, or "method", and both values."""
+
+    setting: str
+    first: Any
+    second: Any
+
+
+def difference(first: Method, second: Method, training: bool = True) -> Difference | None:
+    """Returns the first difference between two methods; None if they are the same.
 
     Settings that one of them leaves open, and settings that do not change what the pair computes
     (`Parametrisation.not_compared`), are not compared. With `training=False` the methods need only
     compute the same from the same tensors.
     """
-    if type(one.parametrisation) is not type(other.parametrisation):
-        return False
-    ignored = one.parametrisation.not_compared | (set() if training else {"dropout"})
-    if not _same_settings(one.parametrisation, other.parametrisation, ignored):
-        return False
-    first, second = _modifiers(one, training), _modifiers(other, training)
-    return first.keys() == second.keys() and all(
-        _same_settings(first[word], second[word], {*first[word].pair_settings}) for word in first
-    )
+    pair, other_pair = first.parametrisation, second.parametrisation
+    modifiers, other_modifiers = _modifiers(first, training), _modifiers(second, training)
+    if type(pair) is not type(other_pair) or modifiers.keys() != other_modifiers.keys():
+        return Difference("method", first.words, second.words)
+    ignored = pair.not_compared | (set() if training else {"dropout"})
+    differences = [
+        _different_setting(pair, other_pair, ignored),
+        *(
+            _different_setting(member, other_modifiers[word], {*member.pair_settings})
+            for word, member in modifiers.items()
+        ),
+    ]
+    return next((found for found in differences if found is not None), None)
 
 
 def _modifiers(method: Method, training: bool) -> dict[str, Modifier]:
@@ -42,9 +55,14 @@ def _modifiers(method: Method, training: bool) -> dict[str, Modifier]:
     }
 
 
-def _same_settings(
-    one: Parametrisation | Modifier, other: Parametrisation | Modifier, ignored: Set[str]
-) -> bool:
-    """Returns whether all settings agree, except ignored ones and those that one leaves open."""
-    pairs = ((getattr(one, name), getattr(other, name)) for name in one.setting_names() - ignored)
-    return all(first is None or second is None or first == second for first, second in pairs)
+def _different_setting(
+    first: Parametrisation | Modifier, second: Parametrisation | Modifier, ignored: Set[str]
+) -> Difference | None:
+    """Returns the first setting that differs; ignored and open ones are not compared."""
+    for name in (field.name for field in dataclasses.fields(first)):  # type: ignore[arg-type]
+        value, other_value = getattr(first, name), getattr(second, name)
+        if name in ignored or value is None or other_value is None:
+            continue
+        if value != other_value:
+            return Difference(name, value, other_value)
+    return None

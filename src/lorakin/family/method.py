@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError
-from lorakin.family.agreement import same_method
+from lorakin.family.agreement import difference
 from lorakin.family.change import Chain, LowRank
 from lorakin.family.composition import composed
+from lorakin.family.declared_slots import check_declared
 from lorakin.family.measure import GRADIENTS, INPUTS, UnadaptedModule
 from lorakin.family.member import AMENDING, Member, Modifier, Parametrisation, overrides
 from lorakin.family.pair import Pair, ScaledPair, Shape, Tensors
@@ -24,7 +25,7 @@ from lorakin.family.registry import default_pair
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_storable, require
 from lorakin.family.slots import Slots
-from lorakin.family.weight import FrozenWeight, has_no_values
+from lorakin.family.weight import FrozenWeight
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class Method:
         return dataclasses.replace(self, members=members)
 
     def agrees_with(self, other: Method, training: bool = True) -> bool:
-        """Returns whether it is the same method as `other`, however spelt; see `same_method`."""
-        return same_method(self, other, training)
+        """Returns whether it is the same method as `other`, however spelt; see `difference`."""
+        return difference(self, other, training) is None
 
     # What it looks at before it starts.
 
@@ -238,7 +239,7 @@ class Method:
             initial = member.amend_start(initial, modules, methods)
         initial = self.share(initial, modules, methods)
         for path, tensors in initial.items():
-            _check_declared(methods[path], path, modules[path].shape, tensors)
+            check_declared(methods[path], path, modules[path].shape, tensors)
         if dtype is not None:
             initial = cast_keeping_shared(initial, dict.fromkeys(initial, dtype))
         return initial
@@ -328,35 +329,3 @@ def refusal_of_members(one: type[Member], other: type[Member]) -> str | None:
     except SettingError as error:
         return str(error)
     return None
-
-
-def _check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) -> None:
-    """Checks that the members start what their slots declare, in those shapes.
-
-    Raises:
-        SettingError: they do not.
-    """
-    slots = method.slots_at(path, shape)
-    if undeclared := [name for name in tensors if name not in slots]:
-        raise SettingError(
-            f"{method.words} starts a tensor {undeclared[0]!r}, but its slots are "
-            f"{', '.join(slots) or 'none'}; declare it there"
-        )
-    slots_of_pair = method.parametrisation.slots_at(shape)
-    needed = [name for name, slot in slots.items() if slot.trained or name in slots_of_pair]
-    if missing := [name for name in needed if name not in tensors]:
-        raise SettingError(f"{method.words} declares a slot {missing[0]!r} and does not start it")
-
-    rank = getattr(method.parametrisation, "rank", None)
-    for name, tensor in tensors.items():
-        if not slots[name].fits(tensor.shape, rank, shape):
-            raise SettingError(
-                f"{method.words} declares a slot {name!r} of shape {slots[name].shape} and starts "
-                f"a tensor {tuple(tensor.shape)} on {path}, which is {shape.outputs} × "
-                f"{shape.inputs}"
-            )
-        if slots[name].starts_at_zero and not has_no_values(tensor) and tensor.any():
-            raise SettingError(
-                f"{method.words} declares that its slot {name!r} starts at zero and starts it with "
-                f"other values on {path}; start it with zeros, or declare starts_at_zero=False"
-            )

@@ -19,6 +19,7 @@ from lorakin.inject.activation_norms import importance_shares
 from lorakin.inject.active_adapters import set_active
 from lorakin.inject.adapted import module_at
 from lorakin.inject.biases import initial_biases
+from lorakin.inject.heads import new_heads
 from lorakin.inject.layer_kinds import unadapted
 from lorakin.inject.measuring import Loss, check_called, measure
 from lorakin.inject.model_registry import adapters_in, root_of
@@ -29,7 +30,7 @@ from lorakin.inject.placement import (
     initial_tensors,
     placement_with_settings,
 )
-from lorakin.inject.targets import ALL_LINEAR, Targets, new_heads
+from lorakin.inject.targets import ALL_LINEAR, Targets
 from lorakin.inject.trainable_tokens import Tokens, base_rows
 from lorakin.loop import float16_base
 

@@ -39,11 +39,11 @@ def combine(
     rank: int | None = None,
     error: float | None = None,
 ) -> FittedLoRA:
-    """Put one adapter into the model that combines those named, and activate it.
+    """Puts one adapter into the model that combines those named, and activates it.
 
-    By default it changes each weight by Σ weight · change. Without rank or error that is exact: the
-    pairs stand side by side, and their ranks add up. Modules trained whole and biases are combined
-    by `how` too, trained rows of tokens by the weighted sum.
+    PEFT: `add_weighted_adapter`. By default it changes each weight by Σ weight · change. Without
+    rank or error that is exact: the pairs stand side by side, and their ranks add up. Modules
+    trained whole and biases are combined by `how` too, trained token rows by the weighted sum.
 
     >>> import lorakin as lk
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
@@ -74,38 +74,40 @@ def combine(
         StateError: an adapter is merged.
     """
     model = root_of(model)
-    rule = checked_combination(
+    combination = checked_combination(
         how=how, on=on, density=density, elect=elect, seed=seed, rank=rank, error=error
     )
-    mixture = _Mixture(model, _chosen(model, weights), weights, rule, rule.generator())
+    mixture = _Mixture(_chosen(model, weights), weights, combination)
     pairs, fits = mixture.pairs(rank, error)
     warn_if_missed(fits, error)
-    copies = mixture.copies()
+    # In this order: DARE draws from one generator for all parts.
+    whole_modules = mixture.whole_modules()
     rows, buffers, biases = mixture.rows(), mixture.buffers(), mixture.biases()
-    return FittedLoRA(insert_pairs(model, name, pairs, copies, rows, buffers, biases), fits)
+    adapter = insert_pairs(model, name, pairs, whole_modules, rows, buffers, biases)
+    return FittedLoRA(adapter, fits)
 
 
 def checked_combination(
     *, rank: int | None = None, error: float | None = None, **settings: Any
 ) -> Combination:
-    """How adapters become one, from the settings of `combine`.
+    """Returns how adapters are combined, from the settings of `combine`.
 
     Raises:
         SettingError: settings that do not fit together or with the limits on rank and error.
     """
     check_limits(rank, error)
-    rule = Combination(**settings)
-    if not rule.is_low_rank and rank is None and error is None:
+    combination = Combination(**settings)
+    if not combination.is_low_rank and rank is None and error is None:
         raise SettingError(
-            f"how={rule.how!r} on changes has a result of full rank; name the rank or the error of "
-            "its nearest pair (rank=…, error=…; --rank, --error), or combine the factors "
+            f"how={combination.how!r} on changes has a result of full rank; name the rank or the "
+            "error of its nearest pair (rank=…, error=…; --rank, --error), or combine the factors "
             '(on="factors"; --on factors)'
         )
-    return rule
+    return combination
 
 
 def _chosen(model: nn.Module, weights: Mapping[str, float]) -> list[Adapter]:
-    """The adapters of the model whose weight is not 0, in the order of `weights`."""
+    """Returns the adapters of the model whose weight is not 0, in the order of `weights`."""
     if not isinstance(weights, Mapping) or not all(
         is_finite_number(weight) for weight in weights.values()
     ):
@@ -118,172 +120,181 @@ def _chosen(model: nn.Module, weights: Mapping[str, float]) -> list[Adapter]:
             f"there is nothing to combine in {dict(weights)!r}: name at least one adapter with a "
             "weight other than 0"
         )
-    known = adapters(model)
-    if missing := [one for one in weights if one not in known]:
+    by_name = adapters(model)
+    if missing := [name for name in weights if name not in by_name]:
         raise SettingError(
             f"no adapter {missing[0]!r} in the model; there are: "
-            f"{', '.join(map(repr, known)) or 'none'}"
+            f"{', '.join(map(repr, by_name)) or 'none'}"
         )
-    return [known[one] for one, weight in weights.items() if weight]
+    return [by_name[name] for name, weight in weights.items() if weight]
 
 
-class Owned(NamedTuple):
-    """A tensor of the base, None if unknown, and what adapters have in its place."""
+class TensorVersions(NamedTuple):
+    """One tensor of the base, None if unknown, and what some adapters have in its place."""
 
     base: Tensor | None
-    own: list[tuple[Adapter, Tensor]]
+    of_adapters: list[tuple[Adapter, Tensor]]
 
 
 class _Mixture:
-    """What the new adapter consists of: parts of the known ones, combined by one rule."""
+    """The parts of the new adapter: those of the chosen adapters, combined."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        known: Sequence[Adapter],
-        weights: Mapping[str, float],
-        rule: Combination,
-        generator: torch.Generator,
+        self, chosen: Sequence[Adapter], weights: Mapping[str, float], combination: Combination
     ) -> None:
-        self.model, self.known, self.weights = model, known, weights
-        self.rule, self.generator = rule, generator
+        self.model, self.adapters, self.weights = chosen[0].model, chosen, weights
+        self.combination, self.generator = combination, combination.generator()
 
     def pairs(
         self, rank: int | None, error: float | None
     ) -> tuple[dict[str, Pair], dict[str, Fit]]:
-        """Path → the combined pair, and how near it is to the combined change."""
-        parts: dict[str, list[tuple[Adapter, Pair]]] = {}
-        for adapter in self.known:
+        """Returns by path the combined pair, and how near it is to the combined change."""
+        changes_at: dict[str, list[tuple[Adapter, Pair]]] = {}
+        for adapter in self.adapters:
             for path, change in _changes(adapter).items():
-                parts.setdefault(path, []).append((adapter, change))
+                changes_at.setdefault(path, []).append((adapter, change))
 
         pairs, fits = {}, {}
-        for path, there in parts.items():
-            changes = [change for _, change in there]
-            each = [self.weights[adapter.name] for adapter, _ in there]
-            if not self.rule.is_low_rank:
-                matrix = self.rule.of_pairs(changes, each, self.generator)
+        for path, changes_of_adapters in changes_at.items():
+            owners = [adapter for adapter, _ in changes_of_adapters]
+            changes = [change for _, change in changes_of_adapters]
+            weights = self._weights_of(owners)
+            if not self.combination.is_low_rank:
+                matrix = self.combination.of_pairs(changes, weights, self.generator)
                 pairs[path], fits[path] = nearest_to(matrix, rank=rank, error=error)
                 continue
-            if self.rule.on == "change":
-                whole = _side_by_side(changes, each)
+            if self.combination.on == "change":
+                combined = _side_by_side(changes, weights)
             else:
-                whole = self._of_factors(path, [adapter for adapter, _ in there], each)
-            pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
+                combined = self._of_factors(path, owners)
+            pairs[path], fits[path] = nearest(combined, combined.up, rank=rank, error=error)
         return pairs, fits
 
-    def _of_factors(self, path: str, there: Sequence[Adapter], weights: Sequence[float]) -> Pair:
-        """A and B of one module, each combined by itself."""
-        factors = [adapter.tensors.saved_scaled_pair(path) for adapter in there]
-        ranks = [len(pair.down) for pair, _ in factors]
+    def _of_factors(self, path: str, owners: Sequence[Adapter]) -> Pair:
+        """Returns A and B of one module, each combined by itself."""
+        scaled_pairs = [adapter.tensors.saved_scaled_pair(path) for adapter in owners]
+        pairs, scales = [pair for pair, _ in scaled_pairs], [scale for _, scale in scaled_pairs]
+        ranks = [len(pair.down) for pair in pairs]
         if len(set(ranks)) > 1:
-            said = ", ".join(
+            ranks_in_words = ", ".join(
                 f"{adapter.name!r} has rank {rank}"
-                for adapter, rank in zip(there, ranks, strict=True)
+                for adapter, rank in zip(owners, ranks, strict=True)
             )
             raise SettingError(
-                f"only factors of one rank can be combined, but in {path} {said}; combine the "
-                'changes instead (on="change"; --on change)'
+                f"only factors of one rank can be combined, but in {path} {ranks_in_words}; "
+                'combine the changes instead (on="change"; --on change)'
             )
-        pairs, scales = [pair for pair, _ in factors], [scale for _, scale in factors]
-        return self.rule.of_factors(pairs, scales, weights, self.generator)
+        return self.combination.of_factors(pairs, scales, self._weights_of(owners), self.generator)
 
-    def copies(self) -> dict[str, dict[str, Tensor]]:
-        """Path → the state of each module that is trained whole."""
-        there: dict[tuple[str, str], Owned] = {}
+    def whole_modules(self) -> dict[str, dict[str, Tensor]]:
+        """Returns by path the state of each module that is trained whole."""
+        versions: dict[tuple[str, str], TensorVersions] = {}
         for path in dict.fromkeys(
-            p for adapter in self.known for p in adapter.placement.whole_modules
+            path for adapter in self.adapters for path in adapter.placement.whole_modules
         ):
-            owners = [adapter for adapter in self.known if path in adapter.placement.whole_modules]
+            owners = [
+                adapter for adapter in self.adapters if path in adapter.placement.whole_modules
+            ]
             states = [adapter.tensors.copy_of(path).state_dict() for adapter in owners]
             for key, base in base_state(self.model.get_submodule(path)).items():
-                own = [(one, state[key]) for one, state in zip(owners, states, strict=True)]
-                there[path, key] = Owned(base, own)
+                tensors = [state[key] for state in states]
+                of_adapters = list(zip(owners, tensors, strict=True))
+                versions[path, key] = TensorVersions(base, of_adapters)
 
-        found: dict[str, dict[str, Tensor]] = {}
-        for (path, key), tensor in self._combined(there, self.rule).items():
-            found.setdefault(path, {})[key] = tensor
-        return found
+        states_by_path: dict[str, dict[str, Tensor]] = {}
+        for (path, key), tensor in self._combined(versions, self.combination).items():
+            states_by_path.setdefault(path, {})[key] = tensor
+        return states_by_path
 
     def biases(self) -> dict[str, Tensor]:
-        """Path → each bias of "lora_only" or "all"; those that no adapter has are the base's."""
-        paths = {path for adapter in self.known for path in adapter.placement.biases}
-        if not paths:
+        """Returns by path the biases that the new adapter trains.
+
+        A file can only say "lora_only" or "all", so the smaller one that covers all biases is
+        taken. A bias that no adapter has is the base's.
+        """
+        trained = {path for adapter in self.adapters for path in adapter.placement.biases}
+        if not trained:
             return {}
-        branches = {path for adapter in self.known for path in adapter.placement.methods}
-        whole = [path for adapter in self.known for path in adapter.placement.whole_modules]
-        which = ALL if paths - adapted_modules(self.model, branches) else ADAPTED
-        found = initial_biases(self.model, find_biases(self.model, which, branches, whole))
-        there = {
-            path: Owned(
-                found[path],
-                [(a, a.tensors.biases()[path]) for a in self.known if path in a.tensors.biases()],
+        adapted = {path for adapter in self.adapters for path in adapter.placement.methods}
+        whole = [path for adapter in self.adapters for path in adapter.placement.whole_modules]
+        which = ALL if trained - adapted_modules(self.model, adapted) else ADAPTED
+        base = initial_biases(self.model, find_biases(self.model, which, adapted, whole))
+        biases_of = [(adapter, adapter.tensors.biases()) for adapter in self.adapters]
+        versions = {
+            path: TensorVersions(
+                bias, [(adapter, biases[path]) for adapter, biases in biases_of if path in biases]
             )
-            for path in found
-            if path in paths
+            for path, bias in base.items()
+            if path in trained
         }
-        return found | self._combined(there, self.rule)
+        return base | self._combined(versions, self.combination)
 
     def buffers(self) -> dict[str, Tensor]:
-        """Name → each buffer that training moved, by the weighted sum."""
-        there: dict[str, Owned] = {}
-        for adapter in self.known:
+        """Returns by name each buffer that training moved, by the weighted sum."""
+        versions: dict[str, TensorVersions] = {}
+        for adapter in self.adapters:
             for name, moved in adapter.tensors.moved_buffers().items():
-                owned = there.setdefault(name, Owned(adapter.tensors.base_buffer(name), []))
-                owned.own.append((adapter, moved))
-        return self._combined(there, Combination())
+                base = adapter.tensors.base_buffer(name)
+                versions.setdefault(name, TensorVersions(base, [])).of_adapters.append(
+                    (adapter, moved)
+                )
+        return self._combined(versions, Combination())
 
     def rows(self) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
-        """Which rows of tokens any adapter trains, and their values, by the weighted sum."""
-        used = [(adapter, ids_at(adapter.placement.tokens)) for adapter in self.known]
-        ids: dict[str, set[int]] = {}
-        for _, own in used:
-            for path, tokens in own.items():
-                ids.setdefault(path, set()).update(tokens)
-        every = {path: TokenRows(tuple(sorted(tokens))) for path, tokens in ids.items()}
+        """Returns which token rows any adapter trains, and their values, by the weighted sum."""
+        ids_of = [(adapter, ids_at(adapter.placement.tokens)) for adapter in self.adapters]
+        all_ids: dict[str, set[int]] = {}
+        for _, ids_by_path in ids_of:
+            for path, ids in ids_by_path.items():
+                all_ids.setdefault(path, set()).update(ids)
+        tokens = {path: TokenRows(tuple(sorted(ids))) for path, ids in all_ids.items()}
 
-        base = base_rows(self.model, every)
-        there = {path: Owned(rows, []) for path, rows in base.items()}
-        for adapter, own in used:
-            for path, tokens in own.items():
-                at = [every[path].ids.index(token) for token in tokens]
+        base = base_rows(self.model, tokens)
+        versions = {path: TensorVersions(rows, []) for path, rows in base.items()}
+        for adapter, ids_by_path in ids_of:
+            for path, ids in ids_by_path.items():
+                positions = [tokens[path].ids.index(token) for token in ids]
                 rows = base[path].clone()
-                rows[at] = adapter.tensors.rows_at(path).to(rows)
-                there[path].own.append((adapter, rows))
-        values = self._combined(there, Combination())
+                rows[positions] = adapter.tensors.rows_at(path).to(rows)
+                versions[path].of_adapters.append((adapter, rows))
+        values = self._combined(versions, Combination())
 
-        found = tied_rows(
-            self.model,
-            {path: tokens.ids for path, tokens in every.items()},
-            same_values=lambda one, other: (
-                other in values and torch.equal(values[one], values[other])
-            ),
-        )
-        return found, {path: values[path] for path in found}
+        def same_values(path: str, other: str) -> bool:
+            return other in values and torch.equal(values[path], values[other])
 
-    def _combined(self, there: Mapping[Key, Owned], rule: Combination) -> dict[Key, Tensor]:
-        """Each tensor of the base plus the combined changes, computed in float32 at least.
+        ids_by_path = {path: rows.ids for path, rows in tokens.items()}
+        tied = tied_rows(self.model, ids_by_path, same_values=same_values)
+        return tied, {path: values[path] for path in tied}
 
-        If there is no difference to add, as for a number of calls, the last adapter's tensor stays.
+    def _combined(
+        self, versions: Mapping[Key, TensorVersions], combination: Combination
+    ) -> dict[Key, Tensor]:
+        """Returns each tensor of the base plus the combined changes, in float32 at least.
+
+        Integer tensors, such as `num_batches_tracked`, and tensors of another shape are not
+        combined: the last adapter's is taken.
         """
-        found = {}
-        for key, (base, own) in there.items():
-            found[key] = own[-1][1]
+        combined = {}
+        for key, (base, of_adapters) in versions.items():
+            combined[key] = of_adapters[-1][1]
             if base is None or not base.is_floating_point():
                 continue
-            if any(tensor.shape != base.shape for _, tensor in own):
+            if any(tensor.shape != base.shape for _, tensor in of_adapters):
                 continue
             wide = base.to(wide_dtype(base.dtype))
-            rows = len(base) if base.dim() else 1
-            changes = [(tensor.to(wide) - wide).reshape(rows, -1) for _, tensor in own]
-            each = [self.weights[adapter.name] for adapter, _ in own]
-            change = rule.of_matrices(changes, each, self.generator)
-            found[key] = (wide + change.view(base.shape)).to(base.dtype)
-        return found
+            row_count = len(base) if base.dim() else 1
+            changes = [(tensor.to(wide) - wide).reshape(row_count, -1) for _, tensor in of_adapters]
+            weights = self._weights_of([adapter for adapter, _ in of_adapters])
+            change = combination.of_matrices(changes, weights, self.generator)
+            combined[key] = (wide + change.view(base.shape)).to(base.dtype)
+        return combined
+
+    def _weights_of(self, owners: Sequence[Adapter]) -> list[float]:
+        return [self.weights[adapter.name] for adapter in owners]
 
 
 def _changes(adapter: Adapter) -> dict[str, Pair]:
-    """Path → the adapter's change, which must be finite and without a gain."""
+    """Returns by path the adapter's change, which must be finite and without a gain."""
     if adapter.is_merged:
         raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before combining it")
     changes = {}
@@ -300,6 +311,6 @@ def _changes(adapter: Adapter) -> dict[str, Pair]:
 
 
 def _side_by_side(changes: Sequence[Pair], weights: Sequence[float]) -> Pair:
-    """The weighted sum of pairs, exactly: their ranks add up."""
+    """Returns the weighted sum of pairs, exactly: their ranks add up."""
     ups = [weight * change.up for change, weight in zip(changes, weights, strict=True)]
     return Pair(torch.cat(ups, 1), torch.cat([change.down for change in changes], 0))

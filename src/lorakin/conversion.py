@@ -36,7 +36,7 @@ VLLM_LARGEST_RANK = 512
 
 
 class FittedLoRA(NamedTuple):
-    """A plain adapter, and by module path how near it comes to what it stands for."""
+    """A plain LoRA adapter, and by module path how near it comes to what it stands for."""
 
     adapter: Adapter
     fits: dict[str, Fit]
@@ -60,7 +60,7 @@ def as_lora(
     batches: Sequence[Mapping[str, Any]] = (),
     portable: bool = False,
 ) -> FittedLoRA:
-    """Put a plain LoRA that computes the same as `adapter` into the model, and activate it.
+    """Puts a plain LoRA that computes the same as `adapter` into the model, and activates it.
 
     It is exact for every method without a gain. For a method with a gain (DoRA) it is the nearest
     plain LoRA within a rank or an error, which you name. Both can also make an exact one smaller.
@@ -97,7 +97,7 @@ def as_lora(
             f"{str(batches)[:80]}"
         )
 
-    inputs = _Inputs(input_samples(adapter, list(batches)) if batches else {})
+    samples = _InputSamples(input_samples(adapter, list(batches)) if batches else {})
     pairs, fits = {}, {}
     for path in adapter.placement.methods:
         change = adapter.tensors.saved_change(path)
@@ -110,8 +110,10 @@ def as_lora(
             )
         check_finite(change, adapter, path)
         weight = adapter.tensors.base_weight(path)
-        pairs[path], fit = nearest(change, weight, rank=rank, error=error, root=inputs.root(path))
-        fits[path] = inputs.judged(fit, change, pairs[path], weight, path)
+        pairs[path], fit = nearest(
+            change, weight, rank=rank, error=error, root=samples.root_at(path)
+        )
+        fits[path] = samples.with_output_error(fit, change, pairs[path], weight, path)
     warn_if_missed(fits, error)
 
     tokens = adapter.placement.tokens
@@ -134,28 +136,29 @@ def insert_pairs(
     model: nn.Module,
     name: str,
     pairs: Mapping[str, Pair],
-    copies: Mapping[str, Mapping[str, Tensor]] | None = None,
+    whole_modules: Mapping[str, Mapping[str, Tensor]] | None = None,
     rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]] = ({}, {}),
     buffers: Mapping[str, Tensor] | None = None,
     biases: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """Put plain LoRA of scale 1 with these pairs, by module path, into the model, and activate it.
+    """Puts plain LoRA of scale 1 with these pairs into the model, and activates it.
 
     Args:
-        copies: path → state of a module that is trained whole.
+        pairs: path → the pair of a module.
+        whole_modules: path → state of a module that is trained whole.
         rows: by path, which tokens' rows are trained, and their values.
         buffers: name → a buffer of the base that training moved.
         biases: path → a bias in place of the base's.
     """
     slots = {path: {DOWN: pair.down, UP: pair.up} for path, pair in pairs.items()}
     document = document_of_pairs(
-        model, slots, whole_modules=copies, rows=rows, biases=biases, buffers=buffers
+        model, slots, whole_modules=whole_modules, rows=rows, biases=biases, buffers=buffers
     )
     return _insert_copied(model, name, document, f"adapter {name!r}")
 
 
 def _insert_copied(model: nn.Module, name: str, document: Document, where: str) -> Adapter:
-    """Put a document made in memory into the model; its tensors are copied."""
+    """Puts an adapter that was made in memory into the model; its tensors are copied."""
     return insert_document(model, name, match(document, model, where).copied())
 
 
@@ -166,7 +169,7 @@ def convert(
     name: str = "default",
     alpha: float | None = None,
 ) -> Converted:
-    """Read an adapter from another library's file, put it into `model`, and activate it.
+    """Reads an adapter from another library's file, puts it into `model`, and activates it.
 
     It reads loralib, torchtune, mlx-lm and LyCORIS/kohya; `lorakin.storage.foreign` has the names
     and the scale of each.
@@ -185,52 +188,59 @@ def convert(
         SettingError: the file needs an alpha.
     """
     model = root_of(model)
-    found = read_foreign(Path(path), model, alpha=alpha)
+    foreign = read_foreign(Path(path), model, alpha=alpha)
 
-    pairs, alphas = {}, {}
-    for at, slots in found.slots.items():
-        scale, rank = found.scales[at], len(slots[DOWN])
-        positive = scale > 0  # PEFT's alpha must be positive, so any other scale goes into B
-        pairs[at] = slots if positive else slots | {UP: scale * slots[UP]}
-        alphas[at] = scale * rank if positive else float(rank)
+    slots, alphas = {}, {}
+    for module, pair in foreign.slots.items():
+        scale, rank = foreign.scales[module], len(pair[DOWN])
+        # PEFT's alpha must be positive, so any other scale goes into B.
+        if scale > 0:
+            slots[module], alphas[module] = pair, scale * rank
+        else:
+            slots[module], alphas[module] = pair | {UP: scale * pair[UP]}, float(rank)
 
-    document = document_of_pairs(model, pairs, alphas=alphas)
-    return Converted(_insert_copied(model, name, document, str(path)), found.format, found.notes)
+    document = document_of_pairs(model, slots, alphas=alphas)
+    adapter = _insert_copied(model, name, document, str(path))
+    return Converted(adapter, foreign.format, foreign.notes)
 
 
-class _Inputs:
-    """Samples of the modules' inputs by path, and the root of E[x·xᵀ] over them.
+class _InputSamples:
+    """Samples of the modules' inputs by path, and roots of E[x·xᵀ] over them.
 
-    Modules that share a sample come one after the other; the root is made once for them.
+    Modules that share a sample come one after the other; the root is computed once for them.
     """
 
     def __init__(self, samples: Mapping[str, Tensor]) -> None:
         self.samples = samples
-        self.last: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._last_sample: Tensor | None = None
+        self._last_root: Tensor | None = None
 
-    def root(self, path: str) -> Tensor | None:
-        """The root (inputs, inputs) for one module; None without samples of it."""
+    def root_at(self, path: str) -> Tensor | None:
+        """Returns the root (inputs, inputs) for one module; None without samples of it."""
         if path not in self.samples:
             return None
-        if self.last[0] is not self.samples[path]:
-            self.last = (self.samples[path], root_of_samples(self.samples[path]))
-        return self.last[1]
+        sample = self.samples[path]
+        if self._last_sample is not sample:
+            self._last_sample, self._last_root = sample, root_of_samples(sample)
+        return self._last_root
 
-    def judged(self, fit: Fit, change: Pair, near: Pair, weight: Tensor, path: str) -> Fit:
-        """The fit with the outputs' error on the samples themselves, without the root's ridge."""
+    def with_output_error(
+        self, fit: Fit, change: Pair, nearest_pair: Pair, weight: Tensor, path: str
+    ) -> Fit:
+        """Returns the fit with the outputs' error on the samples, without the root's ridge."""
         if path not in self.samples:
             return fit
         x = self.samples[path].to(weight.device)
         wide = weight.to(x.dtype)
-        true = x @ (change.applied_to(wide) - wide).T
-        apart = true - (x @ near.down.to(x.dtype).T) @ near.up.to(x.dtype).T
-        return dataclasses.replace(
-            fit, output_error=float(apart.norm() / true.norm().clamp(min=1e-30))
-        )
+        up, down = nearest_pair.up.to(x.dtype), nearest_pair.down.to(x.dtype)
+        true_output = x @ (change.applied_to(wide) - wide).T
+        difference = true_output - (x @ down.T) @ up.T
+        error = difference.norm() / true_output.norm().clamp(min=1e-30)
+        return dataclasses.replace(fit, output_error=float(error))
 
 
 def check_limits(rank: int | None, error: float | None) -> None:
-    """Raise `SettingError` unless the rank and the error are limits or None."""
+    """Raises `SettingError` unless the rank and the error are limits or None."""
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise SettingError(f"rank must be a whole number of at least 1, not {rank!r}")
     if error is not None and not (is_finite_number(error) and 0 < error < 1):
@@ -238,7 +248,7 @@ def check_limits(rank: int | None, error: float | None) -> None:
 
 
 def check_finite(change: Pair, adapter: Adapter, path: str) -> None:
-    """Raise `StateError` if a change holds NaN or infinity."""
+    """Raises `StateError` if a change holds NaN or infinity."""
     if not all(all_finite(part) for part in change if part is not None):
         raise StateError(
             f"adapter {adapter.name!r} holds NaN or infinity in {path}; it cannot be converted"
@@ -246,12 +256,12 @@ def check_finite(change: Pair, adapter: Adapter, path: str) -> None:
 
 
 def warn_if_missed(fits: Mapping[str, Fit], error: float | None) -> None:
-    """Warn if the rank, which wins over the error, leaves more error than was asked for."""
-    missed = [path for path, fit in fits.items() if error is not None and fit.limited_error > error]
-    if missed:
-        worst = max(missed, key=lambda path: fits[path].limited_error)
+    """Warns if the rank, which wins over the error, leaves more error than was asked for."""
+    above = [path for path, fit in fits.items() if error is not None and fit.limited_error > error]
+    if above:
+        worst = max(above, key=lambda path: fits[path].limited_error)
         warnings.warn(
-            f"the rank leaves a relative error above {error:g} in {len(missed)} of {len(fits)} "
+            f"the rank leaves a relative error above {error:g} in {len(above)} of {len(fits)} "
             f"modules ({fits[worst].limited_error:.2g} in {worst}); allow a larger rank, or leave "
             "it open",
             LorakinWarning,
@@ -260,18 +270,22 @@ def warn_if_missed(fits: Mapping[str, Fit], error: float | None) -> None:
 
 
 def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    """The pairs at one rank.
+    """Returns the pairs padded to one rank.
 
     Raises:
         SettingError: the adapter has something that other programs do not read.
     """
     placement = adapter.placement
-    odd = [p for p in pairs if adapter.tensors.branch(p).kind not in (LinearLayer, TransposedLayer)]
+    not_linear = [
+        path
+        for path in pairs
+        if adapter.tensors.branch(path).kind not in (LinearLayer, TransposedLayer)
+    ]
     for what, paths in {
         "modules that are trained whole": placement.whole_modules,
-        "trained rows of tokens": placement.tokens,
+        "trained token rows": placement.tokens,
         "biases": placement.biases,
-        "a pair on what is no linear layer": odd,
+        "a pair on a layer that is not linear": not_linear,
     }.items():
         if paths:
             raise SettingError(

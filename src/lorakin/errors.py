@@ -80,7 +80,7 @@ class LorakinWarning(UserWarning):
 
 
 def some(names: Iterable[str]) -> str:
-    """The first of many names, for a message.
+    """Returns the first of many names, for a message.
 
     >>> some("abcde")
     'a, b, c and 2 more'

@@ -11,8 +11,9 @@ from torch import nn
 
 import lorakin as lk
 from conftest import ConvNet, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
+from lorakin.inject.heads import head_of
 from lorakin.inject.layer_numbers import parse_layers
-from lorakin.inject.targets import head_of, select
+from lorakin.inject.targets import select
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 

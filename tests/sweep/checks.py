@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise
-from lorakin.inject.targets import new_heads
+from lorakin.inject.heads import new_heads
 from sweep import architectures
 from sweep.inputs import loss_of, tensors
 

@@ -27,22 +27,25 @@ ATTENTION_PART = rf"(?:\.(?:(?:{'|'.join(IN_PROJECTIONS)})\.0|out_proj))?"
 """A pattern for what may follow an attention's path in the paths that its adapter is on."""
 
 
-def parameters(model: nn.Module) -> dict[str, Tensor]:
+def parameters_by_path(model: nn.Module) -> dict[str, Tensor]:
     """Returns the base's parameters by path, except those of the model itself."""
     return {path: parameter for path, parameter in base_parameters(model) if "." in path}
 
 
-def names(module: nn.Module) -> list[str]:
+def adaptable_parameters(module: nn.Module) -> list[str]:
     """Returns the parameters of `module` that can be adapted by name.
 
     >>> attention = nn.MultiheadAttention(4, 2)
-    >>> names(attention), names(nn.Linear(2, 2))
+    >>> adaptable_parameters(attention), adaptable_parameters(nn.Linear(2, 2))
     (['in_proj_weight'], [])
     """
     if layer_kinds.kind_of(module) is not None:
         return []
-    held = module._parameters.items()
-    return [name for name, p in held if p is not None and _dimensions(p) in (2, 3)]
+    return [
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and _dimensions(parameter) in (2, 3)
+    ]
 
 
 def _dimensions(parameter: Tensor) -> int:
@@ -55,44 +58,48 @@ def is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention)
 
 
-def of_attention(path: str, module: nn.Module) -> list[str]:
+def parts_of_attention(path: str, module: nn.Module) -> list[str]:
     """Returns the paths that an attention's adapter is on: its in-projections and `out_proj`.
 
-    >>> of_attention("attn", nn.MultiheadAttention(4, 2))
+    >>> parts_of_attention("attn", nn.MultiheadAttention(4, 2))
     ['attn.in_proj_weight', 'attn.out_proj']
     """
-    held = [f"{path}.{name}" for name in IN_PROJECTIONS if module._parameters.get(name) is not None]
-    return [*held, f"{path}.out_proj"]
+    present = [name for name in IN_PROJECTIONS if module._parameters.get(name) is not None]
+    return [f"{path}.{name}" for name in (*present, "out_proj")]
 
 
-def meant(model: nn.Module, pattern: str, selected: Iterable[str]) -> list[str]:
-    """Returns what an adapter of selected parameters is on: a layer, or the parameter.
+def resolve_parameters(model: nn.Module, pattern: str, selected: Iterable[str]) -> list[str]:
+    """Returns the paths to adapt for the parameters that `pattern` selects.
+
+    That is the layer if the parameter is its weight, else the parameter.
 
     Raises:
         TargetError: one of them is neither a matrix nor a stack of matrices.
     """
-    held, found = parameters(model), []
-    for whole in selected:
-        path = whole if whole in held else whole.rpartition(".")[0]  # one matrix of a stack
+    by_path, resolved = parameters_by_path(model), []
+    for selected_path in selected:
+        # A selected path that is no parameter's is that of one matrix of a stack.
+        is_parameter = selected_path in by_path
+        path = selected_path if is_parameter else selected_path.rpartition(".")[0]
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
         kind = layer_kinds.kind_of(module)
         if kind is not None and not isinstance(module, ExpertMatrix) and name == "weight":
-            found.append(owner)
+            resolved.append(owner)
             continue
         if kind is not None:
             raise TargetError(
                 f"target {pattern!r} selects {path}, a parameter that a {type(module).__name__} "
                 "has beside its weight; only the weight of a layer is adapted"
             )
-        dimensions = _dimensions(held[path])
+        dimensions = _dimensions(by_path[path])
         if dimensions not in (2, 3):
             raise TargetError(
                 f"target {pattern!r} selects {path}, a parameter of {dimensions} dimensions; an "
                 "adapter needs 2, a matrix, or 3, a stack of matrices"
             )
-        found.append(whole)
-    return found
+        resolved.append(selected_path)
+    return resolved
 
 
 def attention_of(parameter: str) -> str:
@@ -105,7 +112,7 @@ def attention_of(parameter: str) -> str:
     return owner if name in IN_PROJECTIONS else ""
 
 
-def parts_of(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def attention_parts(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
     """Returns what an adapter of the attentions among `paths` is on."""
     attentions = [path for path in paths if path in modules and is_attention(modules[path])]
-    return [part for path in attentions for part in of_attention(path, modules[path])]
+    return [part for path in attentions for part in parts_of_attention(path, modules[path])]

@@ -147,3 +147,8 @@ def _selects(key: str, path: str) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> Pattern:
     return Pattern(pattern)
+
+
+def is_inside(path: str, roots: Iterable[str]) -> bool:
+    """Returns whether a path is one of `roots` or lies in one of them."""
+    return any(path == root or path.startswith(root + ".") for root in roots)

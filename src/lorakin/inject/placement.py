@@ -24,7 +24,7 @@ from lorakin.inject.targets import (
     ALL_LINEAR,
     Targets,
     check_patterns,
-    for_stacks,
+    extend_to_stacks,
     select,
 )
 from lorakin.inject.trainable_tokens import TokenRows, Tokens, check_free, find_tokens, places_of
@@ -90,7 +90,7 @@ def choose_modules(
     whole_names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
     whole = tuple(find_whole_modules(model, whole_names))
     rows = find_tokens(model, trainable_tokens, whole_modules=whole)
-    paths = select(model, targets, exclude, layer_indices, reserved=whole, alone=bool(rows))
+    paths = select(model, targets, exclude, layer_indices, reserved=whole, may_be_empty=bool(rows))
 
     stacks = {
         path.rpartition(".")[0]
@@ -124,8 +124,8 @@ def choose_modules(
 def _for_parameters(pattern_values: Mapping[str, N], stacks: Iterable[str]) -> dict[str, N]:
     """Lets patterns that match an attention or a stack of experts match its matrices too."""
     attentions = {path for path in map(parameters.attention_of, stacks) if path}
-    of_attentions = for_stacks(pattern_values, attentions, parameters.ATTENTION_PART)
-    return for_stacks(of_attentions, stacks)
+    of_attentions = extend_to_stacks(pattern_values, attentions, parameters.ATTENTION_PART)
+    return extend_to_stacks(of_attentions, stacks)
 
 
 def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]) -> Placement:
@@ -163,7 +163,7 @@ def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]
     return dataclasses.replace(
         placement,
         methods=methods,
-        rank_pattern=for_stacks(pattern, clamped_stacks) | dict(placement.rank_pattern),
+        rank_pattern=extend_to_stacks(pattern, clamped_stacks) | dict(placement.rank_pattern),
     )
 
 

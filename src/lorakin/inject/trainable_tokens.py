@@ -19,6 +19,7 @@ from lorakin.family.sharding import is_distributed, whole_shape
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import Attachments, attachments_or_none
 from lorakin.inject.layer_kinds import EmbeddingLayer, LinearLayer, QuantisedLayer
+from lorakin.inject.patterns import is_inside
 from lorakin.inject.targets import named_modules
 from lorakin.inject.token_rows import TokenRowsBranch
 
@@ -81,9 +82,9 @@ def tied_rows(
     partners: set[str] = set()
     for path, ids in sorted(named.items(), key=lambda item: list(modules).index(item[0])):
         _check(path, modules[path], ids)
-        if whole := [other for other in whole_modules if _is_in(path, other)]:
+        if around := [whole for whole in whole_modules if is_inside(path, [whole])]:
             raise TargetError(
-                f"rows of {path} are to be trained, but {whole[0]} is changed otherwise too, for "
+                f"rows of {path} are to be trained, but {around[0]} is changed otherwise too, for "
                 "example by modules_to_save; leave out one"
             )
         if path in partners:
@@ -91,17 +92,13 @@ def tied_rows(
         tied = [
             other
             for other in _partners(modules, path)
-            if not any(_is_in(other, whole) for whole in whole_modules)
+            if not is_inside(other, whole_modules)
             and named.get(other, ids) == ids
             and same_values(path, other)
         ]
         partners |= set(tied)
         rows[path] = TokenRows(ids, tuple(tied))
     return rows
-
-
-def _is_in(path: str, whole: str) -> bool:
-    return path == whole or path.startswith(whole + ".")
 
 
 def check_free(tokens: Mapping[str, TokenRows], adapted_paths: Iterable[str]) -> None:

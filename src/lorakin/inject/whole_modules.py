@@ -9,7 +9,8 @@ from torch import nn
 from lorakin.errors import TargetError
 from lorakin.inject import layer_kinds, quantised
 from lorakin.inject.near_names import near
-from lorakin.inject.targets import is_inside, named_modules
+from lorakin.inject.patterns import is_inside
+from lorakin.inject.targets import named_modules
 
 
 def find_whole_modules(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lorakin.inject.targets import ALL_LINEAR, Targets, head_of
+from lorakin.inject.heads import head_of
+from lorakin.inject.targets import ALL_LINEAR, Targets
 from lorakin.plan.meta_model import meta_model
 
 

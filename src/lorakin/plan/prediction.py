@@ -16,8 +16,8 @@ import torch
 
 from lorakin.errors import LorakinError, SettingError
 from lorakin.family import Method
+from lorakin.inject.heads import head_of
 from lorakin.inject.layer_kinds import is_linear
-from lorakin.inject.targets import head_of
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.few_layers import frozen_seconds, rehearse
 from lorakin.plan.machine import machine

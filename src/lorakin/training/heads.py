@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakin.errors import LorakinWarning, ModelError, some
-from lorakin.inject.targets import head_of
+from lorakin.inject.heads import head_of
 
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|causal_mask|(attn|attention)\.bias|num_batches_tracked"

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from lorakin.errors import LorakinWarning, ModelError
-from lorakin.inject.targets import head_of
+from lorakin.inject.heads import head_of
 from lorakin.storage import paths, tokenizer_fingerprint
 from lorakin.training import gguf_cache, heads, loading, model_files
 from lorakin.training.model_sources import PACKAGED, located, source_of

@@ -16,10 +16,10 @@ from rich.console import Console
 from lorakin.adapting import adapt
 from lorakin.errors import DataError
 from lorakin.family import Method
+from lorakin.inject.heads import head_of
 from lorakin.inject.layer_numbers import parse_layers
 from lorakin.inject.llama_fusions import fuse
 from lorakin.inject.measuring import check_called
-from lorakin.inject.targets import head_of
 from lorakin.inject.whole_modules import find_whole_modules
 from lorakin.loop import float16_base
 from lorakin.storage import atomic, paths, tokenizer_fingerprint

@@ -13,7 +13,7 @@ from lorakin.errors import AdapterError, some
 from lorakin.inject import parameters
 from lorakin.inject.experts import stack_names
 from lorakin.inject.patterns import resolve
-from lorakin.inject.targets import for_stacks
+from lorakin.inject.targets import extend_to_stacks
 from lorakin.storage.peft.expert_keys import (
     BASE_LAYER_PREFIX,
     experts_in,
@@ -116,7 +116,7 @@ def _for_experts(
     for field, _ in PATTERNS:
         patterns = (config.get(field) or {}).items()
         used = {key: v for key, v in patterns if not _is_ignored_by_peft(key, stacks, counts)}
-        changed[field] = for_stacks(used, stacks)
+        changed[field] = extend_to_stacks(used, stacks)
     return {**config, TARGET_PARAMETERS: None, **changed}
 
 
@@ -161,7 +161,7 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Owners
             for name in module._parameters
         }
         hits = {name: matching for name, matching in hits.items() if matching}
-        names = [name for name in parameters.names(module) if name in hits]
+        names = [name for name in parameters.adaptable_parameters(module) if name in hits]
         if wrong := sorted(hits.keys() - set(names)):
             raise AdapterError(
                 f"{where}: it adapts the parameter {path}.{wrong[0]}, which is neither a matrix "

@@ -1,4 +1,4 @@
-"""Checks what the papers and the survey claim: all members on two real models and three real tasks.
+"""Checks what the papers claim: all members on two real models and three real tasks.
 
     make claims        (or: python examples/claims.py [--quick] [--out claims] [--devices cpu,cpu])
 
@@ -191,7 +191,7 @@ def where(
 
 
 def fewer(evidence: Sequence[Evidence], name: str, most: float, why: str) -> tuple[str, str]:
-    """Returns the arm's trained numbers over plain LoRA's, and whether that is at most `most`."""
+    """Returns the arm's trained parameters over plain LoRA's, and whether that is at most `most`."""
 
     def share(e: Evidence) -> float:
         return (e.arm(name).trained or 0) / (e.arm("lora").trained or 1)
@@ -309,14 +309,14 @@ CLAIMS: tuple[tuple[str, str, Measured], ...] = (
         lambda e: ahead(e, "lora+", "lora-alpha-x16"),
     ),
     (
-        "LoRA-FA trains half of LoRA's numbers",
+        "LoRA-FA trains half of LoRA's parameters",
         "half",
         lambda e: fewer(e, "lora-fa", 0.5, "it is Σout / Σ(in + out)"),
     ),
     ("LoRA-FA needs less memory", "up to 1.4× less", lambda e: cheaper(e, "lora-fa", "memory")),
     ("LoRA-FA is as good as LoRA", "on par", lambda e: ahead(e, "lora-fa")),
     (
-        "VeRA trains 97 % fewer numbers",
+        "VeRA trains 97 % fewer parameters",
         "3.1 % (rank 16)",
         lambda e: fewer(e, "vera", 0.031, "rank 256, narrow models"),
     ),
@@ -332,12 +332,12 @@ CLAIMS: tuple[tuple[str, str, Measured], ...] = (
     ("AdaLoRA moves ranks to where they matter", "yes", favoured),
     ("LoRA-drop is as good as LoRA", "on par", lambda e: ahead(e, "lora-drop")),
     (
-        "LoRA-drop keeps half of LoRA's numbers",
+        "LoRA-drop keeps half of LoRA's parameters",
         "about 50 %",
         lambda e: fewer(e, "lora-drop", 0.55, "more modules matter"),
     ),
     (
-        "LoRA-drop trains in much less time (the survey)",
+        "LoRA-drop trains in much less time (third parties)",
         "much less",
         lambda e: cheaper(e, "lora-drop", "time"),
     ),

@@ -19,9 +19,9 @@ def importance_shares(
     normalised: bool = False,
     loss: Loss | None = None,
 ) -> dict[str, float]:
-    """Path → its share of Σ ‖up(down x)‖² over all inputs x that are not padding.
+    """Returns each module's share of Σ ‖up(down x)‖² over all inputs x that are not padding.
 
-    The shares sum to 1.
+    The shares are by path, and sum to 1.
 
     Args:
         adapter: active. A gain counts for nothing.
@@ -36,25 +36,29 @@ def importance_shares(
     paths = list(adapter.placement.methods)
     check_called(adapter.model, paths)
     branches = {path: adapter.tensors.branch(path) for path in paths}
-    sums, own = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0)
+    sums, base_sums = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0)
 
     def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
         branch = branches[path]
         pair = branch.method.low_rank(branch.float32_tensors(), branch.shape)
-        sums[path] += _energy(branch.low_rank_term(module, x, pair), mask, branch)
+        sums[path] += _squared_norm(branch.low_rank_term(module, x, pair), mask, branch)
         if normalised:
             weight: Any = module._parameters.get("weight")
-            own[path] += _energy(branch.kind.base_product(module, x, weight), mask, branch)
+            base_output = branch.kind.base_product(module, x, weight)
+            base_sums[path] += _squared_norm(base_output, mask, branch)
 
     inputs_of(adapter.model, paths, batches, see, loss)
     if normalised:
-        sums = {path: value / own[path] if own[path] else 0.0 for path, value in sums.items()}
+        sums = {
+            path: value / base_sums[path] if base_sums[path] else 0.0
+            for path, value in sums.items()
+        }
     total = sum(sums.values())
     return {path: value / total if total else 1 / len(sums) for path, value in sums.items()}
 
 
-def _energy(output: Tensor, mask: Tensor | None, branch: Branch) -> float:
-    """The sum of all squares of an output, those at padding left out."""
+def _squared_norm(output: Tensor, mask: Tensor | None, branch: Branch) -> float:
+    """Returns the sum of all squares of an output, without those at padding."""
     squares = output.double().square()
     if mask is not None and mask.dim() == 2 and branch.kind is not ConvolutionLayer:
         mask = mask.to(squares.device)

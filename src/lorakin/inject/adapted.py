@@ -42,7 +42,7 @@ from lorakin.inject.attachments import (
 )
 from lorakin.inject.biases import cast_like_base
 from lorakin.inject.branch import Branch, Copy, offloaded_tensors_loaded
-from lorakin.inject.callers import is_in_forward
+from lorakin.inject.callers import first_argument, is_in_forward
 from lorakin.inject.class_swap import Swapped, combined, swap_class, unmix
 from lorakin.inject.layer_kinds import (
     ExpertLayer,
@@ -90,7 +90,7 @@ class Adapted(Swapped):
             raise StateError(resized_message(branches[0].path, attached.shape, weight.shape))
         if attached.changes_weight_reads:
             return super().forward(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_argument(args, kwargs)
         attached.forward_depth += 1
         try:
             if any("_hf_hook" in branch.__dict__ for branch in branches):

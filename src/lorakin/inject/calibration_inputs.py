@@ -1,4 +1,4 @@
-"""Samples of what adapted modules are given on data, by which conversions weigh their error."""
+"""Samples of the inputs of adapted modules on data, by which conversions weigh their error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lorakin.inject.model_registry import adapters_in
 def input_samples(
     adapter: InsertedAdapter, batches: Sequence[Mapping[str, Any]], limit: int = 1024
 ) -> dict[str, Tensor]:
-    """Path → at most `limit` inputs (tokens, inputs) of each linear module.
+    """Returns by path at most `limit` inputs (tokens, inputs) of each linear module.
 
-    This adapter is active meanwhile. Padding is left out. Modules that are given one tensor, such
-    as q, k and v, hold one sample together. Embeddings and convolutions have none.
+    The adapter is activated for that. Padding is left out. Modules that are given one tensor, such
+    as q, k and v, have one sample together. Embeddings and convolutions have none.
     """
     share = max(1, limit // max(1, len(batches)))
     seen: dict[str, list[Tensor]] = {}
@@ -28,13 +28,14 @@ def input_samples(
 
     def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
         if not last or last[0][0] is not x:
-            last[:] = [(x, _drawn(unpadded(x, mask), share))]
+            last[:] = [(x, _sampled(unpadded(x, mask), share))]
         seen.setdefault(path, []).append(last[0][1])
 
     paths = [
         path for path in adapter.placement.methods if adapter.tensors.branch(path).kind in LINEAR
     ]
-    active = [name for name, one in adapters_in(adapter.model).items() if one.effect.is_active]
+    present = adapters_in(adapter.model)
+    active = [name for name, other in present.items() if other.effect.is_active]
     set_active(adapter.model, adapter.name)
     try:
         inputs_of(adapter.model, paths, batches, see)
@@ -47,8 +48,8 @@ def input_samples(
     }
 
 
-def _drawn(tokens: Tensor, count: int) -> Tensor:
-    """So many of the tokens, at equal distances."""
+def _sampled(tokens: Tensor, count: int) -> Tensor:
+    """Returns `count` of the tokens, equally spaced."""
     last, device = len(tokens) - 1, tokens.device
     chosen = torch.linspace(0, last, min(count, len(tokens)), device=device).round().long()
     return tokens[chosen].float().cpu()

@@ -1,4 +1,4 @@
-"""How many numbers a model and its adapters hold, which of them train, and where they are."""
+"""How many parameters a model and its adapters have, how many train, and where they are."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from lorakin.inject.model_registry import adapters_in
 from lorakin.inject.quantised import is_quantised, shape_of
 from lorakin.inject.token_rows import TokenRowsBranch
 
-Whether = bool | Literal["irregular"]
-"""True for all, False for none, "irregular" for some."""
+AllNoneOrSome = bool | Literal["irregular"]
+"""True for all, False for none, "irregular" (PEFT's word) for some."""
 
 
 def attachments_by(adapter: InsertedAdapter) -> list[Attachments]:
-    """The attachments of each of its modules; none for a module that has been replaced."""
+    """Returns the attachments of each of its modules; none for one that has been replaced."""
     return adapter.tensors.attachments() if adapter.is_present else []
 
 
 def tensors_of(adapter: InsertedAdapter) -> list[nn.Parameter]:
-    """Its tensors, once each; none once the adapter is removed."""
-    each = (p for attached in attachments_by(adapter) for p in attached[adapter.name].parameters())
-    return list({id(parameter): parameter for parameter in each}.values())
+    """Returns the adapter's tensors, once each; none once it is removed."""
+    children = (attached[adapter.name] for attached in attachments_by(adapter))
+    parameters = (parameter for child in children for parameter in child.parameters())
+    return list({id(parameter): parameter for parameter in parameters}.values())
 
 
-def requires_grad(adapter: InsertedAdapter) -> Whether:
-    """Whether the tensors that its method trains require gradients.
+def requires_grad(adapter: InsertedAdapter) -> AllNoneOrSome:
+    """Returns whether the tensors that its method trains require gradients.
 
     "irregular" if only some do, or if another tensor does.
     """
-    flags: set[Whether] = set()
+    flags: set[AllNoneOrSome] = set()
     for attached in attachments_by(adapter):
         child = attached[adapter.name]
         if isinstance(child, Copy | TokenRowsBranch):
@@ -48,36 +49,36 @@ def requires_grad(adapter: InsertedAdapter) -> Whether:
         for slot, tensor in child.tensors().items():
             if slot_trains(slots[slot], tensor) or tensor.requires_grad:
                 flags.add(tensor.requires_grad if slot_trains(slots[slot], tensor) else "irregular")
-    return whether(flags) if flags else False
+    return all_none_or_some(flags) if flags else False
 
 
-def whether(flags: Iterable[object]) -> Whether:
-    """True if all flags are, False if none is, else "irregular"."""
-    found = set(flags)
-    if found <= {True}:
+def all_none_or_some(flags: Iterable[object]) -> AllNoneOrSome:
+    """Returns True if all flags are true, False if none is, else "irregular"."""
+    distinct = set(flags)
+    if distinct <= {True}:
         return True
-    return False if found == {False} else "irregular"
+    return False if distinct == {False} else "irregular"
 
 
 def trained_by_method(adapter: InsertedAdapter) -> int:
-    """How many numbers its method trains, whether or not they require gradients now."""
+    """Returns how many parameters its method trains, even if they require no gradients now."""
     trained: dict[int, int] = {}
     for attached in attachments_by(adapter):
         child = attached[adapter.name]
         if isinstance(child, Copy | TokenRowsBranch):
-            trained |= {id(p): numbers(p) for p in child.parameters()}
+            trained |= {id(p): element_count(p) for p in child.parameters()}
         else:
             slots = child.slots()
-            own = attached.bias_of(adapter.name)
-            trained |= {} if own is None else {id(own): numbers(own)}
-            trained |= {
-                id(t): numbers(t) for slot, t in child.tensors().items() if slots[slot].trained
-            }
+            if (bias := attached.bias_of(adapter.name)) is not None:
+                trained[id(bias)] = element_count(bias)
+            for slot, tensor in child.tensors().items():
+                if slots[slot].trained:
+                    trained[id(tensor)] = element_count(tensor)
     return sum(trained.values())
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """How many numbers of the model and its adapters require gradients, and how many there are.
+    """Returns how many parameters of a model with its adapters train, and how many there are.
 
     Shared tensors count once. A quantised weight counts as its matrix, outputs × inputs, not as the
     bytes that hold it.
@@ -92,42 +93,48 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     }
     for module in modules:
         if id(module) not in adapters:
-            counted |= _own_counts(module)
+            counted |= _base_counts(module)
     for adapter in adapters_in(model).values():
-        counted |= {id(p): (numbers(p), p.requires_grad) for p in tensors_of(adapter)}
-    return sum(n for n, wanted in counted.values() if wanted), sum(n for n, _ in counted.values())
+        counted |= {id(p): (element_count(p), p.requires_grad) for p in tensors_of(adapter)}
+    trained = sum(count for count, requires_grad in counted.values() if requires_grad)
+    return trained, sum(count for count, _ in counted.values())
 
 
-def _own_counts(module: nn.Module) -> dict[int, tuple[int, bool]]:
-    """The numbers of each tensor that a module of the base holds itself, by identity."""
+def _base_counts(module: nn.Module) -> dict[int, tuple[int, bool]]:
+    """Returns by `id` the size of each tensor that a module itself holds, and if it trains."""
     attached = attachments_or_none(module) or Attachments()
-    aside = {**attached.base_before_merge, **attached.base_before_move}
-    own = {leaf: aside.get(leaf, p) for leaf, p in module._parameters.items() if p is not None}
+    originals = {**attached.base_before_merge, **attached.base_before_move}
+    parameters = {
+        name: originals.get(name, parameter)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
     if not is_quantised(module):
-        return {id(p): (_weights_in(p), p.requires_grad) for p in own.values()}
-    plain = {leaf: p for leaf, p in own.items() if leaf == "bias"}
+        return {id(p): (_weights_in(p), p.requires_grad) for p in parameters.values()}
     outputs, inputs = shape_of(module)[:2]
     # Scales and zero points are part of the weight, so they are not counted.
-    held = {id(own.get("weight", module)): (outputs * inputs, False)}
-    return held | {id(p): (numbers(p), p.requires_grad) for p in plain.values()}
+    counts = {id(parameters.get("weight", module)): (outputs * inputs, False)}
+    if (bias := parameters.get("bias")) is not None:
+        counts[id(bias)] = element_count(bias), bias.requires_grad
+    return counts
 
 
 def _weights_in(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for, also if bitsandbytes packs several in a byte."""
+    """Returns how many weights a parameter holds, also if bitsandbytes packs several in a byte."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return numbers(parameter) if shape is None else torch.Size(shape).numel()
+    return element_count(parameter) if shape is None else torch.Size(shape).numel()
 
 
-def numbers(tensor: Tensor) -> int:
-    """How many numbers a tensor has, in all processes together."""
+def element_count(tensor: Tensor) -> int:
+    """Returns how many elements a tensor has, in all processes together."""
     return torch.Size(whole_shape(tensor)).numel()
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """The memory of the tensors in this process, in bytes."""
+    """Returns the memory of the tensors in this process, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def devices_of(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """The devices of the tensors, in order."""
+    """Returns the devices of the tensors, sorted."""
     return tuple(sorted({str(tensor.device) for tensor in tensors}))

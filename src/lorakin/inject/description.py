@@ -10,18 +10,18 @@ from torch import Tensor
 
 from lorakin.family import Member, Method
 from lorakin.inject.counts import (
-    Whether,
+    AllNoneOrSome,
     attachments_by,
     bytes_of,
     devices_of,
-    numbers,
+    element_count,
     parameter_counts,
     requires_grad,
     tensors_of,
 )
 from lorakin.inject.inserted import InsertedAdapter
 
-TRAINING: dict[Whether, str] = {
+TRAINING: dict[AllNoneOrSome, str] = {
     True: "trains",
     False: "frozen",
     "irregular": "trains in part (irregular)",
@@ -29,7 +29,7 @@ TRAINING: dict[Whether, str] = {
 
 
 def in_words(method: Method) -> str:
-    """A method with its settings.
+    """Returns a method with its settings, in words.
 
     >>> from lorakin import DoRA
     >>> in_words(Method.of(DoRA(rank=8)))
@@ -43,47 +43,47 @@ def in_words(method: Method) -> str:
 
 
 def member_in_words(member: Member, without: Collection[str] = ()) -> str:
-    """A member with the settings that have a value, except those in `without`."""
+    """Returns a member with the settings that have a value, except those in `without`."""
     settings = {name: value for name, value in settings_of(member).items() if name not in without}
-    said = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Mapping)}
-    if not said:
+    shown = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Mapping)}
+    if not shown:
         return member.word
-    words = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items())
+    words = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
     return f"{member.word} ({', '.join(words)})"
 
 
 def settings_of(member: Member) -> dict[str, Any]:
-    """A member's settings by name."""
+    """Returns a member's settings by name."""
     return {field.name: getattr(member, field.name) for field in dataclasses.fields(member)}  # type: ignore[arg-type]
 
 
 def module_names(paths: Iterable[str]) -> list[str]:
-    """The last words of paths, once each, in order.
+    """Returns the last names in paths, once each, in order.
 
     >>> module_names(["layers.0.q_proj", "layers.1.q_proj", "mlp.experts.3"])
     ['q_proj', 'experts']
     """
-    named = ([part for part in path.split(".") if not part.isdigit()] for path in paths)
-    return list(dict.fromkeys(parts[-1] for parts in named if parts))
+    names = ([part for part in path.split(".") if not part.isdigit()] for path in paths)
+    return list(dict.fromkeys(parts[-1] for parts in names if parts))
 
 
 def ranks_in_words(adapter: InsertedAdapter) -> str:
-    """`rank 8`, or `rank 4 to 16` if modules have different ranks; empty if there are none."""
-    each = (method.setting("rank") for method in adapter.placement.methods.values())
-    ranks = sorted({rank for rank in each if rank is not None})
+    """Returns `rank 8`, or `rank 4 to 16` for different ranks; empty if there are none."""
+    ranks_of_modules = {m.setting("rank") for m in adapter.placement.methods.values()}
+    ranks = sorted(ranks_of_modules - {None})
     if not ranks:
         return ""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
 
 
 def biases_in_words(adapter: InsertedAdapter) -> str:
-    """`4 biases`: the biases that it trains."""
+    """Returns how many biases it trains, such as `4 biases`."""
     number = len(adapter.placement.biases)
     return f"{number:,} bias{'' if number == 1 else 'es'}"
 
 
 def state_in_words(adapter: InsertedAdapter) -> str:
-    """`active`, `inactive`, `merged`, `disabled` or `removed`, and its scale if that is not 1."""
+    """Returns `active`, `merged`, `disabled`, `inactive` or `removed`, and a scale other than 1."""
     if not adapter.is_present:
         return "removed"
     words = {"merged": "merged", "off": "disabled", "active": "active"}
@@ -97,7 +97,7 @@ def state_in_words(adapter: InsertedAdapter) -> str:
 
 
 def described(adapter: InsertedAdapter) -> str:
-    """The adapter in a few lines: method, modules, trained parameters, memory, state."""
+    """Returns a few lines: method, modules, trained parameters, memory, state."""
     ranks = ranks_in_words(adapter)
     own_ranks = f"; {ranks}" if " to " in ranks else ""
     title = f"adapter {adapter.name!r}: {in_words(adapter.method)}{own_ranks}"
@@ -113,7 +113,7 @@ def described(adapter: InsertedAdapter) -> str:
         f"modules: {len(placement.methods)}{f' ({listed(names)})' if names else ''}"
         + (f"; trained whole: {listed(placement.whole_modules)}" if placement.whole_modules else "")
         + (f"; {biases_in_words(adapter)}" if placement.biases else ""),
-        f"trains: {share(_training(tensors), parameter_counts(adapter.model)[1])}",
+        f"trains: {share(_trained(tensors), parameter_counts(adapter.model)[1])}",
         f"memory: {size_in_words(bytes_of(tensors))} in {', '.join(dtypes) or 'no tensors'}"
         + (f" on {', '.join(devices)}" if tensors else ""),
         f"state: {state_in_words(adapter)}, {TRAINING[requires_grad(adapter)]}",
@@ -122,24 +122,24 @@ def described(adapter: InsertedAdapter) -> str:
 
 
 def in_one_line(adapter: InsertedAdapter) -> str:
-    """The adapter in one line, for `repr`."""
+    """Returns the adapter in one line, for `repr`."""
     modules = count(len(adapter.placement.methods), "module")
     if adapter.placement.whole_modules:
         modules += f" and {len(adapter.placement.whole_modules)} whole"
     parts = [repr(adapter.name), str(adapter.placement.method), modules]
     if adapter.is_present:
-        trained, total = _training(tensors_of(adapter)), parameter_counts(adapter.model)[1]
+        trained, total = _trained(tensors_of(adapter)), parameter_counts(adapter.model)[1]
         parts.append(f"{share(trained, total)} train" if trained else "frozen")
     return f"Adapter({', '.join([*parts, state_in_words(adapter)])})"
 
 
-def _training(tensors: Iterable[Tensor]) -> int:
-    """How many numbers of these tensors require gradients."""
-    return sum(numbers(tensor) for tensor in tensors if tensor.requires_grad)
+def _trained(tensors: Iterable[Tensor]) -> int:
+    """Returns how many parameters in these tensors train."""
+    return sum(element_count(tensor) for tensor in tensors if tensor.requires_grad)
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:
-    """Up to `most` names, and how many more there are.
+    """Returns up to `most` names, and how many more there are.
 
     >>> listed("abc", most=2)
     'a, b and 1 more'
@@ -148,17 +148,17 @@ def listed(names: Iterable[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def share(part: int, whole: int) -> str:
-    """A part of the parameters in words.
+def share(part: int, total: int) -> str:
+    """Returns a part of the parameters in words.
 
     >>> share(1792, 30000)
     '1,792 of 30,000 parameters (5.97%)'
     """
-    return f"{part:,} of {whole:,} parameters" + (f" ({part / whole:.2%})" if whole else "")
+    return f"{part:,} of {total:,} parameters" + (f" ({part / total:.2%})" if total else "")
 
 
 def size_in_words(size: int) -> str:
-    """A number of bytes, also as KiB or MiB.
+    """Returns a number of bytes in words, also as KiB or MiB.
 
     >>> size_in_words(1536)
     '1,536 bytes (1.5 KiB)'
@@ -168,7 +168,7 @@ def size_in_words(size: int) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """A number of things.
+    """Returns a number of things in words.
 
     >>> count(1, "module"), count(2, "module")
     ('1 module', '2 modules')

@@ -23,7 +23,7 @@ from lorakin.inject.merging import (
 )
 from lorakin.inject.model_registry import check_no_mixed_batch, registry_of
 from lorakin.inject.part import Part
-from lorakin.inject.scale import rescaled
+from lorakin.inject.scale import rescale
 from lorakin.inject.threads import changing, fail_other_forwards, one_at_a_time
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Effect(Part):
         self.adapter.check_present()
         check_no_mixed_batch(self.model, "scaled")
         with ties_restored(self.model) if self.is_merged else contextlib.nullcontext():
-            self._scale = rescaled(self.adapter, scale)
+            self._scale = rescale(self.adapter, scale)
 
     @contextlib.contextmanager
     def scaled(self, scale: float) -> Iterator[None]:

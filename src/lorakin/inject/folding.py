@@ -9,6 +9,7 @@ so few bits would lose most of what was learned.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from lorakin.inject.attachments import BIAS, Attachments, adapter_prefixes, atta
 from lorakin.inject.branch import Branch, Copy
 from lorakin.inject.experts import kept_weight
 from lorakin.inject.layer_kinds import LayerKind, PeftGroupedConvolution, QuantisedLayer
+from lorakin.inject.patterns import is_inside
 from lorakin.inject.token_rows import TokenRowsBranch, check_size
 from lorakin.inject.trainable_tokens import table_with_rows
 
@@ -37,25 +39,24 @@ def check_together(placements: Mapping[str, Placement]) -> None:
     Raises:
         StateError: one trains a module whole in which another changes something.
     """
-    for name, placement in placements.items():
-        for whole in placement.whole_modules:
-            for other, other_placement in placements.items():
-                if other != name and whole in other_placement.whole_modules:
-                    raise StateError(
-                        f"{name!r} and {other!r} both train {whole} whole, so they cannot both be "
-                        "merged; unmerge one first"
-                    )
-                touched = (
-                    *other_placement.methods,
-                    *other_placement.whole_modules,
-                    *other_placement.biases,
+    for name, other in itertools.permutations(placements, 2):
+        other_placement = placements[other]
+        changed = (
+            *other_placement.methods,
+            *other_placement.whole_modules,
+            *other_placement.biases,
+        )
+        for whole in placements[name].whole_modules:
+            if whole in other_placement.whole_modules:
+                raise StateError(
+                    f"{name!r} and {other!r} both train {whole} whole, so they cannot both be "
+                    "merged; unmerge one first"
                 )
-                inside = [path for path in touched if path.startswith(f"{whole}.")]
-                if other != name and inside:
-                    raise StateError(
-                        f"{other!r} adapts {inside[0]}, inside {whole}, which {name!r} trains "
-                        "whole; they cannot both be merged"
-                    )
+            if inside := [path for path in changed if path.startswith(f"{whole}.")]:
+                raise StateError(
+                    f"{other!r} adapts {inside[0]}, inside {whole}, which {name!r} trains whole; "
+                    "they cannot both be merged"
+                )
 
 
 def check_for_good(chosen: Mapping[str, Placement], staying: Mapping[str, Placement]) -> None:
@@ -67,41 +68,41 @@ def check_for_good(chosen: Mapping[str, Placement], staying: Mapping[str, Placem
     Raises:
         StateError: an adapter that stays has a gain over a weight that would change.
     """
-    changed = {path: name for name, placement in chosen.items() for path in placement.methods}
-    whole = {path: name for name, placement in chosen.items() for path in placement.whole_modules}
-    for other, placement in staying.items():
-        for path in (path for path, method in placement.methods.items() if method.has_gain):
-            by = changed.get(path) or next(
-                (whole[p] for p in whole if path.startswith(f"{p}.")), None
-            )
-            if by is not None:
-                raise StateError(
-                    f"adapter {other!r} ({placement.methods[path].words}) has a gain over the "
-                    f"weight of {path}; merging {by!r} for good would change that weight, and with "
-                    f"it what {other!r} does. Merge both at once with lorakin.merge(model, "
-                    f"{[*chosen, other]}), or remove {other!r} first, or merge {by!r} without "
-                    "permanent=True"
-                )
+    for name, placement in staying.items():
+        for path, method in placement.methods.items():
+            if not method.has_gain:
+                continue
+            for merged, merged_placement in chosen.items():
+                if path in merged_placement.methods or is_inside(
+                    path, merged_placement.whole_modules
+                ):
+                    raise StateError(
+                        f"adapter {name!r} ({method.words}) has a gain over the weight of {path}; "
+                        f"merging {merged!r} for good would change that weight, and with it what "
+                        f"{name!r} does. Merge both at once with lorakin.merge(model, "
+                        f"{[*chosen, name]}), or remove {name!r} first, or merge {merged!r} "
+                        "without permanent=True"
+                    )
 
 
-def move_adapters(old: nn.Module, new: nn.Module) -> None:
-    """Move the adapters of a quantised module to the plain one that takes its place."""
-    attached = attachments_of(old)
-    kind = layer_kinds.kind_of(new)
+def move_adapters(quantised: nn.Module, plain: nn.Module) -> None:
+    """Moves the adapters of a quantised module to the plain one that takes its place."""
+    attached = attachments_of(quantised)
+    kind = layer_kinds.kind_of(plain)
     assert kind is not None
     for name in attached.names():
         child = attached[name]
         if isinstance(child, Branch):
             child.kind = kind
-        attach(new, name, child)
-    moved = attachments_of(new)
+        attach(plain, name, child)
+    moved = attachments_of(plain)
     moved.active, moved.off = attached.active, attached.off
 
 
 def set_merged(
     module: nn.Module, path: str, names: tuple[str, ...], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Give the module the base's parameters with the adapters `names` folded in; () undoes it.
+    """Gives the module the base's parameters with the adapters `names` folded in; () undoes it.
 
     The weight is computed from W0 in float32 (float64 for a float64 base) and rounded once. So
     merging adapters one by one gives the same bits as merging them at once. A quantised module's
@@ -119,19 +120,19 @@ def set_merged(
 
     base: dict[str, Tensor] = {}
     if is_quantised:
-        bias = _own_bias(attached, names, path)
+        bias = _adapter_bias(attached, names, path)
         branches = [attached[name] for name in names if isinstance(attached[name], Branch)]
-        dense = _dense(module, path, branches, dtype) if branches else None
+        merged_weight = _merged_quantised(module, path, branches, dtype) if branches else None
         if names:
             base = attached.base_before_merge or _base_bias(module)
         replacement = _with_bias(base, bias, path) if names else attached.base_before_merge
-        attached.merged_weight = dense
+        attached.merged_weight = merged_weight
     elif names:
-        bias = _own_bias(attached, names, path)
-        base = attached.base_before_merge or _own_tensors(module)
+        bias = _adapter_bias(attached, names, path)
+        base = attached.base_before_merge or _tensors_to_replace(module)
         device = next(iter(base.values())).device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            replacement = _folded(module, base, path, [attached[name] for name in names])
+            replacement = _replacements(module, base, path, [attached[name] for name in names])
             if attached.has_bias:
                 replacement = replacement | _with_bias(base, bias, path)
     else:
@@ -145,41 +146,43 @@ def set_merged(
 
 
 @torch.no_grad()
-def _dense(module: nn.Module, path: str, branches: Sequence[Branch], dtype: torch.dtype) -> Tensor:
-    """The weight of a quantised module with these branches folded in, as a plain one."""
+def _merged_quantised(
+    module: nn.Module, path: str, branches: Sequence[Branch], dtype: torch.dtype
+) -> Tensor:
+    """Returns the weight of a quantised module with these branches folded in, as a plain one."""
     matrix = QuantisedLayer.weight(module).matrix
-    return folded(
-        matrix, QuantisedLayer, module, [branch.pair(matrix) for branch in branches], path, dtype
-    )
+    pairs = [branch.pair(matrix) for branch in branches]
+    return weight_with_pairs(matrix, QuantisedLayer, module, pairs, path, dtype)
 
 
-def _own_bias(attached: Attachments, names: Sequence[str], path: str) -> Tensor | None:
-    """The bias of the one adapter among `names` that has its own here; None if none has."""
-    own = {name: bias for name in names if (bias := attached.bias_of(name)) is not None}
-    if len(own) > 1:
-        one, other, *_ = own
+def _adapter_bias(attached: Attachments, names: Sequence[str], path: str) -> Tensor | None:
+    """Returns the bias of the adapter among `names` that trains it; None if none does."""
+    biases = {name: bias for name in names if (bias := attached.bias_of(name)) is not None}
+    if len(biases) > 1:
+        first, second, *_ = biases
         raise StateError(
-            f"{one!r} and {other!r} both train the bias of {path}; unmerge one before you merge "
+            f"{first!r} and {second!r} both train the bias of {path}; unmerge one before you merge "
             "the other"
         )
-    return next(iter(own.values()), None)
+    return next(iter(biases.values()), None)
 
 
 def _base_bias(module: nn.Module) -> dict[str, Tensor]:
-    """The base's bias, if an adapter here has its own."""
+    """Returns the base's bias, if an adapter trains a bias here."""
     bias = module._parameters.get(BIAS)
     return {BIAS: bias} if attachments_of(module).has_bias and bias is not None else {}
 
 
 @torch.no_grad()
 def _with_bias(base: dict[str, Tensor], bias: Tensor | None, path: str) -> dict[str, Tensor]:
-    """The bias to set, if the base has one: `bias`, or else the base's own."""
-    own = {BIAS: base[BIAS]} if BIAS in base else {}
-    return own if bias is None else {BIAS: _like(base[BIAS], bias, path)}
+    """Returns the bias to set, if the base has one: `bias`, or the base's if that is None."""
+    if bias is not None:
+        return {BIAS: _like(base[BIAS], bias, path)}
+    return {BIAS: base[BIAS]} if BIAS in base else {}
 
 
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The base's tensors that merging replaces: weight and bias, or a whole module's state."""
+def _tensors_to_replace(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the base's tensors to replace: weight and bias, or a whole module's state."""
     attached = attachments_of(module)
     bias = _base_bias(module)
     if any(isinstance(child, Branch | TokenRowsBranch) for child in attached.values()):
@@ -192,27 +195,28 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in saved.items() if not key.startswith(skip)}
 
 
-def _folded(
+def _replacements(
     module: nn.Module,
     base: dict[str, Tensor],
     path: str,
     adapters: list[Branch | Copy | TokenRowsBranch],
 ) -> dict[str, Tensor]:
-    """What takes the place of the base's tensors while these adapters are merged."""
+    """Returns what takes the place of the base's tensors while these adapters are merged."""
     branches = [adapter for adapter in adapters if isinstance(adapter, Branch)]
     if rows := [adapter for adapter in adapters if isinstance(adapter, TokenRowsBranch)]:
         table = base["weight"]
         check_size(rows, attachments_of(module), table)
         return {"weight": _like(table, table_with_rows(table.detach(), rows), path)}
     if not branches:
-        return _copied(base, path, adapters) if any(isinstance(a, Copy) for a in adapters) else base
+        has_copy = any(isinstance(adapter, Copy) for adapter in adapters)
+        return _trained_state(base, path, adapters) if has_copy else base
     if any(branch.kind is PeftGroupedConvolution for branch in branches):
         raise StateError(
             f"{path} is a convolution in groups, and its adapter, which PEFT trained, reads "
             "the inputs of all groups: that is no change of the weight, so it cannot be merged"
         )
-    weight, layer = base["weight"], branches[0].kind
-    matrix = layer.matrix(weight.detach())
+    weight, kind = base["weight"], branches[0].kind
+    matrix = kind.matrix(weight.detach())
     for branch in branches:
         if branch.shape[:2] != matrix.shape:
             raise StateError(
@@ -220,24 +224,23 @@ def _folded(
                 f"{branch.shape.outputs} × {branch.shape.inputs}: something, such as "
                 "resize_token_embeddings, changed it; do that before adapting"
             )
-    return {
-        "weight": folded(weight, layer, module, [branch.pair(matrix) for branch in branches], path)
-    }
+    pairs = [branch.pair(matrix) for branch in branches]
+    return {"weight": weight_with_pairs(weight, kind, module, pairs, path)}
 
 
-def folded(
+def weight_with_pairs(
     weight: Tensor,
-    layer: type[LayerKind],
+    kind: type[LayerKind],
     module: nn.Module,
     pairs: Sequence[Pair],
     path: str,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`weight` with the pairs folded in, computed in float32 or float64 and rounded once.
+    """Returns `weight` with the pairs folded in, computed in float32 or float64 and rounded once.
 
     Args:
         weight: in the module's layout.
-        layer: the module's kind.
+        kind: the module's kind.
         module: gives the layout; its own weight is not read.
         pairs: over `weight` as a matrix; several add up.
         path: for the error message.
@@ -246,39 +249,47 @@ def folded(
     Raises:
         StateError: the result would not be finite.
     """
-    changed = wide = layer.matrix(weight.detach()).to(wide_dtype(weight.dtype))
+    wide = kind.matrix(weight.detach()).to(wide_dtype(weight.dtype))
+    merged = wide
     for pair in pairs:
-        one = pair.applied_to(wide)
-        changed = one if changed is wide else changed + (one - wide)
-    return _like(weight if dtype is None else weight.to(dtype), layer.layout(changed, module), path)
+        with_pair = pair.applied_to(wide)
+        # One pair alone is not computed as a difference, which would round once more.
+        merged = with_pair if merged is wide else merged + (with_pair - wide)
+    like = weight if dtype is None else weight.to(dtype)
+    return _like(like, kind.layout(merged, module), path)
 
 
-def _copied(
+def _trained_state(
     base: dict[str, Tensor], path: str, adapters: list[Branch | Copy | TokenRowsBranch]
 ) -> dict[str, Tensor]:
-    """The tensors of the copy that an adapter trained in place of the module."""
+    """Returns the tensors of the copy that an adapter trained in place of the module."""
     copies = [adapter for adapter in adapters if isinstance(adapter, Copy)]
     if len(copies) > 1:
         raise StateError(
             f"two adapters train {path} whole, so they cannot both be merged; unmerge one first"
         )
     trained = copies[0].module.state_dict(keep_vars=True)
-    made: dict[tuple[int, int], Tensor] = {}  # what is tied inside the module stays tied
+    state: dict[str, Tensor] = {}
+    # What is tied inside the module stays tied.
+    replacements: dict[tuple[int, int], Tensor] = {}
     for key, tensor in base.items():
-        if (id(tensor), id(trained[key])) not in made:
-            made[id(tensor), id(trained[key])] = _like(tensor, trained[key].detach(), path)
-    return {key: made[id(tensor), id(trained[key])] for key, tensor in base.items()}
+        both = id(tensor), id(trained[key])
+        if both not in replacements:
+            replacements[both] = _like(tensor, trained[key].detach(), path)
+        state[key] = replacements[both]
+    return state
 
 
-def _like(old: Tensor, values: Tensor, path: str) -> Tensor:
-    """`values` with the dtype, memory layout and class (tensor or parameter) of `old`.
+def _like(original: Tensor, values: Tensor, path: str) -> Tensor:
+    """Returns `values` with the dtype, memory layout and class (tensor, parameter) of `original`.
 
     Raises:
         StateError: they would not be finite.
     """
-    new = torch.empty_like(old).copy_(values)
-    if new.is_floating_point() and not all_finite(new):
+    tensor = torch.empty_like(original).copy_(values)
+    if tensor.is_floating_point() and not all_finite(tensor):
         raise StateError(
             f"merging would write NaN or infinity into {path}; the weights stay as they were"
         )
-    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    is_parameter = isinstance(original, nn.Parameter)
+    return nn.Parameter(tensor, original.requires_grad) if is_parameter else tensor

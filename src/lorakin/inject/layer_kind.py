@@ -21,67 +21,64 @@ class LayerKind:
 
     @staticmethod
     def shape(module: Any) -> Shape:
-        """The shape of the module's weight as a matrix."""
+        """Returns the shape of the module's weight as a matrix."""
         raise NotImplementedError
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
-        """A weight in the module's layout, as a matrix (outputs, inputs)."""
+        """Returns a weight in the module's layout as a matrix (outputs, inputs)."""
         raise NotImplementedError
 
     @staticmethod
     def layout(matrix: Tensor, module: Any) -> Tensor:
-        """The inverse of `matrix`: (outputs, inputs) in the layout of the module's weight."""
+        """Returns a matrix (outputs, inputs) in the layout of the module's weight."""
         raise NotImplementedError
 
     @classmethod
     def weight(cls, module: Any) -> Tensor | FrozenWeight:
-        """The module's weight as a matrix: the base's own, even while adapters are merged."""
-        held = vars(module)["_parameters"].get("weight")
-        if held is not None and hasattr(held, "ds_id") and is_sharded(held):
-            whole = torch.empty(whole_shape(held), device="meta")
-            return ShardedWeight(cls.matrix(whole).shape, held)
-        attached = attachments_or_none(module)
-        own = (
-            module.weight
-            if attached is None
-            else attached.base_before_merge.get("weight", module.weight)
-        )
-        return cls.matrix(own.detach())
+        """Returns the base's weight as a matrix, even while adapters are merged."""
+        parameter = vars(module)["_parameters"].get("weight")
+        if parameter is not None and hasattr(parameter, "ds_id") and is_sharded(parameter):
+            whole = torch.empty(whole_shape(parameter), device="meta")
+            return ShardedWeight(cls.matrix(whole).shape, parameter)
+        weight = module.weight
+        if (attached := attachments_or_none(module)) is not None:
+            weight = attached.base_before_merge.get("weight", weight)
+        return cls.matrix(weight.detach())
 
     @staticmethod
     def dtype(module: Any, x: Tensor) -> torch.dtype:
-        """The dtype in which the module multiplies; an adapter on it does the same."""
+        """Returns the dtype in which the module multiplies; an adapter on it does the same."""
         dtype: torch.dtype = module.weight.dtype
         return dtype
 
     @staticmethod
     def device(module: Any) -> torch.device:
-        """The device of the module's weight."""
+        """Returns the device of the module's weight."""
         device: torch.device = module.weight.device
         return device
 
     @staticmethod
     def low_rank_product(module: Any, x: Tensor, pair: Pair) -> Tensor:
-        """up(down(x)), computed as (x·downᵀ)·upᵀ in the dtype of the pair."""
+        """Returns up(down(x)), computed as (x·downᵀ)·upᵀ in the dtype of the pair."""
         raise NotImplementedError
 
     @staticmethod
     def base_product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """W0·x without the bias, for a weight in the module's layout."""
+        """Returns W0·x without the bias, for a weight in the module's layout."""
         raise NotImplementedError
 
     @staticmethod
     def per_output(vector: Tensor, module: Any) -> Tensor:
-        """`vector` (outputs,), shaped to multiply the module's output."""
+        """Returns `vector` (outputs,), shaped to multiply the module's output."""
         return vector
 
     @staticmethod
     def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-        """Dropout of the branch's input."""
+        """Drops out entries of the branch's input."""
         return F.dropout(x, p, training) if p > 0 and training else x
 
     @staticmethod
     def refusal(module: Any) -> str | None:
-        """Why this module cannot be adapted although it is of this kind; None if it can."""
+        """Returns why a module of this kind cannot be adapted; None if it can."""
         return None

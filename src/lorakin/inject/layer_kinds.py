@@ -203,7 +203,7 @@ KINDS: tuple[type[LayerKind], ...] = (
 
 
 def kind_of(module: nn.Module) -> type[LayerKind] | None:
-    """The kind of layer that `module` is; None if it cannot be adapted.
+    """Returns the kind of layer that `module` is; None if it cannot be adapted.
 
     >>> kind_of(nn.Linear(3, 2)).__name__, kind_of(nn.ReLU())
     ('LinearLayer', None)
@@ -224,21 +224,21 @@ def unadapted(module: nn.Module) -> UnadaptedModule:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D.
+    """Returns whether `module` is transformers' Conv1D.
 
-    It looks only if transformers is loaded, since this room does not import it.
+    It looks only if transformers is loaded, since `lorakin.inject` does not import it.
     """
     utils = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is one of the layers that "all-linear" means."""
+    """Returns whether `module` is one of the layers that "all-linear" means."""
     return kind_of(module) in (LinearLayer, QuantisedLayer, TransposedLayer)
 
 
 def has_one_output_or_input(module: nn.Module) -> bool:
-    """Whether a linear layer has one output, such as the gate of a shared expert, or one input.
+    """Returns whether a layer has one output, such as the gate of a shared expert, or one input.
 
     A pair has nothing to factor there.
     """
@@ -247,7 +247,7 @@ def has_one_output_or_input(module: nn.Module) -> bool:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why `module` cannot be adapted; None if it can.
+    """Returns why `module` cannot be adapted; None if it can.
 
     >>> refusal(nn.ReLU())
     'a ReLU, which is no linear, embedding or convolution layer'
@@ -279,17 +279,17 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def is_grouped(module: nn.Module) -> bool:
-    """Whether it is a convolution in groups."""
+    """Returns whether it is a convolution in groups."""
     return kind_of(module) is ConvolutionLayer and bool(module.groups != 1)
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether it only holds other modules and is never called itself."""
+    """Returns whether it only holds other modules and is never called itself."""
     return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
 def overrides_forward(module: nn.Module, kind: type[LayerKind]) -> bool:
-    """Whether the module's class does more than its kind says, as a scaled embedding does.
+    """Returns whether the module's class does more than its kind, as a scaled embedding does.
 
     An adapter then changes the weight that the forward reads, instead of adding to the output.
     """

@@ -1,9 +1,8 @@
-"""Measuring modules on data: what they are given, and the gradients of the loss by their weights.
+"""Measuring modules on data: their inputs, and the gradients of the loss by their weights.
 
-One piece of code watches modules while batches run through the model, in eval mode and without
-changing anything. What is done with what they show is the caller's: a member's `Collector` (EVA,
-LoRA-GA), a sample of inputs (`calibration_inputs.py`), or the importance that LoRA-drop goes by
-(`activation_norms.py`).
+Hooks watch the modules while batches run through the model, in eval mode; nothing is changed. Three
+use what they see: a member's `Collector` (EVA, LoRA-GA), `calibration_inputs.py`, and
+`activation_norms.py` (LoRA-drop).
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError
-from lorakin.family import GRADIENTS, INPUTS, Collector
+from lorakin.family import INPUTS, Collector
 from lorakin.family.precision import wide_dtype
 from lorakin.inject.adapted import module_at
+from lorakin.inject.callers import first_argument
 from lorakin.inject.layer_kinds import (
     ExpertLayer,
     LinearLayer,
@@ -32,7 +32,7 @@ from lorakin.inject.module_mode import in_mode
 Loss = Callable[[Any, Any], Any]
 """(model, batch) → the loss; it runs the model. To measure inputs, any result will do."""
 Input = Callable[[str, nn.Module, Tensor, Tensor | None], None]
-"""(path, module, input, attention mask or None): takes in one call of a module."""
+"""Is called with (path, module, input, attention mask or None) at each call of a module."""
 LINEAR = (LinearLayer, QuantisedLayer, TransposedLayer)
 
 
@@ -43,23 +43,23 @@ def measure(
     of: str,
     batches: Sequence[Any],
     loss: Loss | None = None,
-    most: int | None = None,
+    max_batches: int | None = None,
 ) -> None:
-    """Show a collector the inputs or the gradients of linear modules on batches of data.
+    """Shows a collector the inputs or the gradients of linear modules on batches of data.
 
-    Batches for inputs are run again and again until the collector is settled, those for gradients
-    once.
+    For inputs the batches are run again and again, until the collector says that it has seen
+    enough. For gradients they are run once.
 
     Args:
         model: as it is, adapters in use included; nothing in it changes.
-        paths: of the modules.
-        collector: takes in what they show.
+        paths: the modules' paths.
+        collector: is given what is measured.
         of: `INPUTS` or `GRADIENTS`.
         batches: mappings that the model takes; an `attention_mask` (batch, length) says what is
             padding.
         loss: runs the model on a batch. By default the batch's entries are the model's arguments,
             and the loss is the output's.
-        most: how many batches to run at most.
+        max_batches: how many batches to run at most.
 
     Raises:
         SettingError: a module that cannot be measured, no batches, or no loss to take gradients of.
@@ -68,18 +68,18 @@ def measure(
     check_linear(model, paths)
     if not batches:
         raise SettingError("there are no batches to measure on; give at least one")
-    every: Iterable[Any] = batches if of == GRADIENTS else itertools.cycle(batches)
     if of == INPUTS:
-        with watching(model, paths, _showing(collector)) as begin, torch.no_grad():
-            for batch in itertools.islice(every, most):
+        with watching(model, paths, _to_collector(collector)) as begin, torch.no_grad():
+            for batch in itertools.islice(itertools.cycle(batches), max_batches):
                 begin(batch)
                 _run(model, batch, loss)
                 if collector.end_batch():
                     return
     else:
         with gradients_to(model, paths, collector):
-            for batch in itertools.islice(every, most):
-                _checked(_loss(model, batch) if loss is None else loss(model, batch)).backward()  # type: ignore[no-untyped-call]
+            for batch in itertools.islice(batches, max_batches):
+                value = _loss(model, batch) if loss is None else loss(model, batch)
+                _checked(value).backward()  # type: ignore[no-untyped-call]
                 if collector.end_batch():
                     return
 
@@ -91,7 +91,7 @@ def inputs_of(
     see: Input,
     loss: Loss | None = None,
 ) -> None:
-    """Call `see` with every input of these modules while the batches run through the model once."""
+    """Calls `see` with every input of these modules while the batches run through the model."""
     with watching(model, paths, see) as begin, torch.no_grad():
         for batch in batches:
             begin(batch)
@@ -100,9 +100,9 @@ def inputs_of(
 
 @contextlib.contextmanager
 def watching(model: nn.Module, paths: Sequence[str], see: Input) -> Iterator[Callable[[Any], None]]:
-    """Call `see` with every input of these modules inside, in eval mode.
+    """Calls `see` with every input of these modules inside a `with` block, in eval mode.
 
-    Call the function that this gives with each batch before the model runs on it.
+    Yields `begin(batch)`. Call it before each forward, so that padding is known.
     """
     mask: Tensor | None = None
 
@@ -112,7 +112,7 @@ def watching(model: nn.Module, paths: Sequence[str], see: Input) -> Iterator[Cal
 
     def before(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(path, module, _given(args, kwargs), mask)
+            see(path, module, first_argument(args, kwargs), mask)
 
         return hook
 
@@ -128,17 +128,18 @@ def watching(model: nn.Module, paths: Sequence[str], see: Input) -> Iterator[Cal
 
 @contextlib.contextmanager
 def gradients_to(model: nn.Module, paths: Sequence[str], collector: Collector) -> Iterator[None]:
-    """Inside, in eval mode, a backward shows the collector the gradients by the weights."""
+    """Shows the collector the gradients by the weights in each backward of a `with` block."""
 
     def after(path: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
         ) -> None:
-            if not out.requires_grad:  # the base is frozen, and nothing before asked for a gradient
+            # The base is frozen, so nothing before may have asked for a gradient.
+            if not out.requires_grad:
                 out.requires_grad_(True)
             if collector.wants(path):
-                x = _given(args, kwargs)
-                out.register_hook(lambda grad: collector.add(path, _by_weight(grad, x)))  # type: ignore[no-untyped-call]
+                x = first_argument(args, kwargs)
+                out.register_hook(lambda grad: collector.add(path, _weight_gradient(grad, x)))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -158,7 +159,7 @@ def gradients_to(model: nn.Module, paths: Sequence[str], collector: Collector) -
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raise `SettingError` if one of these modules is never called by itself."""
+    """Raises `SettingError` if one of these modules is never called by itself."""
     if experts := [path for path in paths if kind_of(module_at(model, path)) is ExpertLayer]:
         raise SettingError(
             f"each module is to be measured, and {experts[0]}, one expert of a stack or another "
@@ -167,24 +168,27 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def check_linear(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raise `SettingError` if one of these modules is no linear layer."""
+    """Raises `SettingError` if one of these modules is no linear layer."""
     if others := [path for path in paths if kind_of(module_at(model, path)) not in LINEAR]:
         raise SettingError(
-            f"{others[0]} is no linear layer, and a start looks at the inputs and gradients of "
-            "those alone; leave it out of the targets"
+            f"{others[0]} is not a linear layer, and only inputs and gradients of linear layers "
+            "can be measured; leave it out of the targets"
         )
 
 
 def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens (n, inputs) of an input (…, inputs) that a mask (batch, length) does not hide."""
+    """Returns the tokens (n, inputs) of an input (…, inputs) that `mask` (batch, length) leaves."""
     tokens = x.reshape(-1, x.shape[-1])
     if mask is not None and mask.dim() == 2 and mask.numel() == len(tokens):
         tokens = tokens[mask.reshape(-1).bool().to(x.device)]
     return tokens
 
 
-def _showing(collector: Collector) -> Input:
-    """Shows a collector each input without padding, one object to modules called in a row."""
+def _to_collector(collector: Collector) -> Input:
+    """Returns a callback that gives a collector each input without padding.
+
+    Modules that are called in a row with one tensor give it one object.
+    """
     last: list[tuple[Tensor, Tensor]] = []
 
     def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
@@ -215,7 +219,7 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _checked(loss: Any) -> Tensor:
-    """A loss that gradients can be taken of, or `SettingError`."""
+    """Returns the loss, if gradients can be taken of it; else raises `SettingError`."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise SettingError(
             "gradients are measured of the loss, a tensor of one number with a gradient, not "
@@ -224,13 +228,8 @@ def _checked(loss: Any) -> Tensor:
     return loss
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return x
-
-
-def _by_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient by a weight (outputs, inputs): that by a call's outputs, times its inputs."""
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Returns a weight's gradient (outputs, inputs): that of a call's outputs times its inputs."""
     outer, inner = (_wide(t.detach().reshape(-1, t.shape[-1])) for t in (grad, x))
     return outer.T @ inner
 

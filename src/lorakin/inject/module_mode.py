@@ -1,4 +1,4 @@
-"""Train and eval mode for a while."""
+"""Train and eval mode inside a `with` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode inside; outside, each part has the mode that it had before."""
+    """Puts a model into train or eval mode inside a `with` block; each part gets its mode back."""
     before = {part: part.training for part in model.modules()}
     model.train(training)
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class PlacedModule:
     """An adapted module as a member's rule sees it.
 
-    It looks its tensors up each time, since whatever shards a model exchanges its parameters.
+    It looks its tensors up each time, because sharding a model exchanges its parameters.
     """
 
     def __init__(self, adapter: InsertedAdapter, path: str) -> None:
@@ -38,19 +38,19 @@ class PlacedModule:
 
     @property
     def weight(self) -> Tensor | FrozenWeight:
-        """Its weight as a matrix, the base's own even while adapters are merged."""
+        """Its base weight as a matrix (outputs, inputs), even while adapters are merged."""
         return unadapted(module_at(self.adapter.model, self.path)).weight
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The module's tensors by slot."""
+        """Returns its tensors by slot."""
         return self.adapter.tensors.branch(self.path).tensors()
 
     def trains(self, slot: str) -> bool:
-        """Whether the method trains this tensor."""
+        """Returns whether the method trains the tensor of this slot."""
         return self.adapter.tensors.branch(self.path).slots()[slot].trained
 
     def put(self, slot: str, tensor: Tensor) -> None:
-        """Give it one more tensor, which does not train."""
+        """Adds a tensor to the module, which does not train."""
         parameter = (
             tensor
             if isinstance(tensor, nn.Parameter)
@@ -59,13 +59,13 @@ class PlacedModule:
         self.adapter.tensors.branch(self.path).register_parameter(slot, parameter)
 
     def take(self, slot: str) -> Tensor:
-        """Take such a tensor away from it."""
+        """Removes such a tensor from the module, and returns it."""
         tensor = self.tensors()[slot].detach()
         delattr(self.adapter.tensors.branch(self.path), slot)
         return tensor
 
     def move_base(self, change: Tensor) -> None:
-        """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
+        """Adds `change` (outputs, inputs) to a copy of the base weight, and uses the copy."""
         if self.adapter.effect.scale != 1:
             raise StateError(
                 f"adapter {self.adapter.name!r} moves the base weights in place, which its scale "
@@ -74,7 +74,7 @@ class PlacedModule:
         add_to_weight_copy(module_at(self.adapter.model, self.path), change)
 
     def restore_base(self) -> None:
-        """Put the base's own weight back, if it was moved."""
+        """Puts the base weight back, if it was moved."""
         module: Any = module_at(self.adapter.model, self.path)
         exchange_moved_weight(module)
         attachments_of(module).base_before_move = {}

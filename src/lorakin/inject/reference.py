@@ -23,16 +23,16 @@ class Reference(Swapped):
             return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Reference:
-        """Nothing: its modules are the adapted model's, which says what mode they are in."""
+        """Does nothing: the modules belong to the adapted model, which sets their mode."""
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Reference:
-        """Nothing: the reference has the adapted model's parameters. Use `torch.no_grad()`."""
+        """Does nothing: the parameters are the adapted model's. Use `torch.no_grad()`."""
         return self
 
 
 def reference(model: nn.Module) -> nn.Module:
-    """The model without its adapters, as another object with the same parameters.
+    """Returns the model without its adapters: another object with the same parameters.
 
     Give it as `ref_model` to TRL's DPOTrainer, which would load the base a second time. It is the
     base when it is called and in `generate`; its parts, as `reference.model`, are the adapted
@@ -48,6 +48,7 @@ def reference(model: nn.Module) -> nn.Module:
             "lorakin.adapt(model, …) first"
         )
     view = copy.copy(model)
-    vars(view)["_adapted"] = model  # not as a part of it
+    # In `vars`, so that the adapted model does not become a submodule of the view.
+    vars(view)["_adapted"] = model
     view.__class__ = combined(Reference, type(model))
     return view

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakin.errors import StateError
 from lorakin.inject.attachments import KEY, Adapters, attachments_of, attachments_or_none
-from lorakin.inject.callers import is_in_forward
+from lorakin.inject.callers import first_argument, is_in_forward
 from lorakin.inject.class_swap import Swapped
 
 READER_OF_ATTRIBUTE = 2
@@ -42,9 +42,7 @@ class Replaced(Swapped):
             attached.forward_depth -= 1
         if attached.mixed_batch is None:
             return out
-        return attached.mixed_batch.replaced(
-            self, out, args[0] if args else next(iter(kwargs.values()))
-        )
+        return attached.mixed_batch.replaced(self, out, first_argument(args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
         if name != KEY and (copy := _copy_in_use(self, READER_OF_ATTRIBUTE)) is not None:

@@ -1,4 +1,4 @@
-"""How strongly an adapter acts: its change times a number that is set at run time.
+"""How strongly an adapter acts: a factor on its change that is set at run time.
 
     W = W0 + scale · (W_adapter − W0)
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 
-def rescaled(adapter: InsertedAdapter, scale: float) -> float:
-    """Scale the adapter on all of its modules, merged ones too. Returns the scale as a float.
+def rescale(adapter: InsertedAdapter, scale: float) -> float:
+    """Scales the adapter on all of its modules, merged ones too; returns the scale as a float.
 
     Raises:
-        SettingError: `scale` is no finite number.
+        SettingError: `scale` is not a finite number.
         StateError: the adapter has moved base weights in place, or a merged weight would not be
             finite. Nothing is changed then.
     """

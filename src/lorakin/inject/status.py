@@ -10,13 +10,13 @@ from torch import nn
 
 from lorakin.inject.class_swap import Swapped
 from lorakin.inject.counts import (
-    Whether,
+    AllNoneOrSome,
+    all_none_or_some,
     attachments_by,
     devices_of,
     parameter_counts,
     requires_grad,
     tensors_of,
-    whether,
 )
 from lorakin.inject.description import TRAINING, count, share
 from lorakin.inject.inserted import InsertedAdapter
@@ -40,7 +40,7 @@ class Status:
     """Those whose change is in the weights now."""
     disabled: tuple[str, ...]
     """Those inside their `disabled()` context."""
-    requires_grad: Mapping[str, Whether]
+    requires_grad: Mapping[str, AllNoneOrSome]
     """Adapter → whether what its method trains requires gradients."""
     devices: Mapping[str, tuple[str, ...]]
     """Adapter → where its tensors are."""
@@ -52,9 +52,9 @@ class Status:
     """The numbers of the base and of all adapters; a quantised weight counts as its matrix."""
 
     @property
-    def enabled(self) -> Whether:
+    def enabled(self) -> AllNoneOrSome:
         """True if no adapter is disabled, False if all are, else "irregular"."""
-        return whether(name not in self.disabled for name in self.methods)
+        return all_none_or_some(name not in self.disabled for name in self.methods)
 
     def __str__(self) -> str:
         lines = [
@@ -71,14 +71,17 @@ class Status:
         return "\n".join(lines if self.methods else [*lines, "  no adapters"])
 
     def _states(self, name: str) -> list[str]:
-        known = {"merged": self.merged, "disabled": self.disabled, "active": self.active}
-        states = [word for word, names in known.items() if names != "irregular" and name in names]
-        other = "inactive" if self.active != "irregular" else "irregular"
-        return [*(states or [other]), TRAINING[self.requires_grad[name]]]
+        names_by_state = {"merged": self.merged, "disabled": self.disabled, "active": self.active}
+        states = [
+            word for word, names in names_by_state.items() if names != "irregular" and name in names
+        ]
+        if not states:
+            states = ["inactive" if self.active != "irregular" else "irregular"]
+        return [*states, TRAINING[self.requires_grad[name]]]
 
 
 def status(model: nn.Module) -> Status:
-    """The state of `model` and of the adapters in it.
+    """Returns the state of `model` and of the adapters in it.
 
     It says which adapters are active, merged, disabled or training, where they are, and how large.
     It works on a model without adapters too, and finds an adapted model inside a wrapper (DDP).
@@ -94,43 +97,43 @@ def status(model: nn.Module) -> Status:
         SettingError: `model` is no model.
         StateError: PEFT has put adapters of its own into it.
     """
-    whole = root_of(model)
-    model = next((module for module in whole.modules() if adapters_in(module)), whole)
-    there = adapters_in(model)
+    root = root_of(model)
+    model = next((module for module in root.modules() if adapters_in(module)), root)
+    adapters = adapters_in(model)
     trainable, total = parameter_counts(model)
     return Status(
         base_model=class_without_mixins(model).__name__,
-        methods={name: adapter.method.words for name, adapter in there.items()},
-        active=_in_state(there, "active"),
-        merged=_in_state(there, "merged"),
+        methods={name: adapter.method.words for name, adapter in adapters.items()},
+        active=_in_state(adapters, "active"),
+        merged=_in_state(adapters, "merged"),
         disabled=tuple(
             name
-            for name, adapter in there.items()
+            for name, adapter in adapters.items()
             if any(name in attached.off for attached in attachments_by(adapter))
         ),
-        requires_grad={name: requires_grad(adapter) for name, adapter in there.items()},
-        devices={name: devices_of(tensors_of(adapter)) for name, adapter in there.items()},
+        requires_grad={name: requires_grad(adapter) for name, adapter in adapters.items()},
+        devices={name: devices_of(tensors_of(adapter)) for name, adapter in adapters.items()},
         modules=len(
-            {id(attached) for adapter in there.values() for attached in attachments_by(adapter)}
+            {id(attached) for adapter in adapters.values() for attached in attachments_by(adapter)}
         ),
         trainable_parameters=trainable,
         total_parameters=total,
     )
 
 
-def _in_state(there: Mapping[str, InsertedAdapter], state: str) -> Names:
-    """The adapters in a state; "irregular" if one is in it on some of its modules only."""
-    names: dict[str, None] = {}
-    for name, adapter in there.items():
-        found = [getattr(attached, state) for attached in attachments_by(adapter)]
-        if len({name in among for among in found}) > 1:
+def _in_state(adapters: Mapping[str, InsertedAdapter], state: str) -> Names:
+    """Returns the adapters in a state; "irregular" if one is, on some of its modules only."""
+    in_state: dict[str, None] = {}
+    for name, adapter in adapters.items():
+        names_by_module = [getattr(attached, state) for attached in attachments_by(adapter)]
+        if len({name in names for names in names_by_module}) > 1:
             return "irregular"
-        names |= dict.fromkeys(other for among in found for other in among)
-    return tuple(names)
+        in_state |= dict.fromkeys(other for names in names_by_module for other in names)
+    return tuple(in_state)
 
 
 def class_without_mixins(model: nn.Module) -> type[nn.Module]:
-    """The model's class, without what lorakin or FSDP2 mixed into it."""
+    """Returns the model's class, without what lorakin or FSDP2 mixed into it."""
     for cls in type(model).__mro__:
         if (
             issubclass(cls, nn.Module)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakin.errors import StateError
 from lorakin.inject.attachments import Adapters, Attachments, attachments_of, attachments_or_none
 from lorakin.inject.branch import offloaded_tensors_loaded
-from lorakin.inject.callers import is_in_forward
+from lorakin.inject.callers import first_argument, is_in_forward
 from lorakin.inject.class_swap import Swapped
 from lorakin.kernels.autograd import backward_once
 from lorakin.kernels.unformed_weight import UnformedWeight
@@ -91,7 +91,7 @@ class WithRows(Swapped):
             out = super().forward(*args, **kwargs)
         finally:
             attached.forward_depth -= 1
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_argument(args, kwargs)
         with offloaded_tensors_loaded(token_rows):
             if attached.mixed_batch is not None:
                 return attached.mixed_batch.with_rows(self, x, out)

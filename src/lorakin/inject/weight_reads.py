@@ -7,9 +7,10 @@ changed weight. What saves, moves or ties a model must see the base's own: see `
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,13 +33,14 @@ def changed_weight(module: Any, attached: Attachments) -> Tensor:
     weight: Tensor = module._parameters["weight"]
     branches: list[Any] = attached.in_use()
     kind = kind_of(module)
-    if kind is QuantisedLayer:  # bits: whoever reads them wants the device or the dtype
+    # A quantised weight is bits, and a reader wants only their device or dtype.
+    if kind is QuantisedLayer:
         return weight
     by_columns = kind is LinearLayer
-    if (
-        attached.mixed_batch is not None
-    ):  # code that wants only the dtype may have it, as Gemma's does
-        return readable_weight(weight, lambda: _unsplit(branches[0].path), by_columns, ())
+    # In a mixed batch only reading values is refused: Gemma's code reads the dtype alone.
+    if attached.mixed_batch is not None:
+        refuse = functools.partial(_refuse_in_mixed_batch, branches[0].path)
+        return readable_weight(weight, refuse, by_columns, ())
     for branch in branches:
         if branch.kind is PeftGroupedConvolution:
             raise StateError(
@@ -55,17 +57,18 @@ def changed_weight(module: Any, attached: Attachments) -> Tensor:
     if kind is ConvolutionLayer:
         return _formed(module, attached, branches)
 
-    there = [p for branch in branches for p in branch.parameters(recurse=False)]
-    scales = [branch.scale for branch in branches]  # as they are now: the backward comes later
+    parameters = [p for branch in branches for p in branch.parameters(recurse=False)]
+    # As they are now: the backward comes later.
+    scales = [branch.scale for branch in branches]
 
     def changes() -> tuple[WeightChange, ...]:
         pairs = zip(branches, scales, strict=True)
         return tuple(_as_change(module, attached, *pair, by_columns) for pair in pairs)
 
-    return readable_weight(weight, changes, by_columns, there)
+    return readable_weight(weight, changes, by_columns, parameters)
 
 
-def _unsplit(path: str) -> tuple[WeightChange, ...]:
+def _refuse_in_mixed_batch(path: str) -> NoReturn:
     raise StateError(f"{path} is read without being called, so it cannot be in a mixed batch")
 
 
@@ -81,8 +84,9 @@ def _as_change(
     dtype = module._parameters["weight"].dtype
     up, down = pair.up.to(dtype), pair.down.to(dtype)
     left, right = (up, down) if by_columns else (down.T, up.T)
-    own = attached.base_before_merge.get("weight") if pair.gain is not None else None
-    return WeightChange(left, right, pair.gain, own)
+    has_gain = pair.gain is not None
+    gain_weight = attached.base_before_merge.get("weight") if has_gain else None
+    return WeightChange(left, right, pair.gain, gain_weight)
 
 
 def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
@@ -101,7 +105,7 @@ def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
 
 @contextlib.contextmanager
 def as_base_forward(attached: Attachments) -> Iterator[None]:
-    """Inside the context the module's tensors are the base's, also when a forward reads them."""
+    """Lets forwards inside a `with` block read the base's tensors of the module."""
     attached.forward_depth += 1
     try:
         yield

@@ -15,7 +15,7 @@ from lorakin.errors import AdapterError, ModelError
 from lorakin.family import widened
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import BIAS
-from lorakin.inject.folding import folded
+from lorakin.inject.folding import weight_with_pairs
 from lorakin.inject.ties import FLAG, Separation, groups
 from lorakin.inject.trainable_tokens import ids_at
 from lorakin.serving.other_files import copy_other_files, files_without_weights
@@ -243,7 +243,7 @@ class StreamedMerge(Mapping[str, Tensor]):
             )
         matrix = layer_kind.matrix(stored)
         pair = method.pair(widened(self.document.slots[path]), layer_kind.shape(module), matrix)
-        return folded(stored, layer_kind, module, [pair], path, dtype).contiguous()
+        return weight_with_pairs(stored, layer_kind, module, [pair], path, dtype).contiguous()
 
 
 def _write_untied(fields: dict[str, Any], config: Any, untied: Sequence[Any]) -> None:

@@ -236,7 +236,7 @@ def test_an_unfinished_comparison_has_a_report_too(finished: Any) -> None:
     rows = comparison_run.results.rows
     for count in (0, 1, 3, 6, 10):
         comparison_run.results.rows = rows[:count]
-        found = comparison_page.findings(comparison_run)
+        found = comparison_page.findings_of(comparison_run)
         assert "<strong>Unfinished</strong>" in comparison_page.html(comparison_run, found)
         assert (found.standings[0].quality is None) == (
             not next_trials.rows_at_best_rate("lora", rows[:count])

@@ -105,7 +105,7 @@ def places(content: Any) -> Any:
 def test_a_whole_comparison_has_a_report(tmp_path: Path) -> None:
     write(tmp_path, rows())
     comparison_run = comparison_in(tmp_path)
-    html = comparison_page.html(comparison_run, comparison_page.findings(comparison_run))
+    html = comparison_page.html(comparison_run, comparison_page.findings_of(comparison_run))
     assert "Ranks in all over the steps" in html
     assert comparison_run.remaining()
 
@@ -128,7 +128,7 @@ def test_mutated_results(tmp_path: Path) -> None:
             said.append(str(error))
             continue
         comparison_run.remaining(), comparison_run.expected()
-        html = comparison_page.html(comparison_run, comparison_page.findings(comparison_run))
+        html = comparison_page.html(comparison_run, comparison_page.findings_of(comparison_run))
         assert "<script>alert" not in html
     assert all(
         re.search(r"results\.jsonl, line \d+ is not a row", line) and len(line) < 1000
@@ -237,7 +237,7 @@ def test_the_command_to_copy_is_quoted(tmp_path: Path) -> None:
         "chat_template": False,
         "batch_size": 4,
     }
-    page = comparison_page.html(comparison_run, comparison_page.findings(comparison_run))
+    page = comparison_page.html(comparison_run, comparison_page.findings_of(comparison_run))
     (line,) = re.findall(r"<pre[^>]*><code>(lorakin train .*?)</code>", page)
     said = escapes.unescape(line)
     assert "\x1b" not in said

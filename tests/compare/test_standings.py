@@ -11,7 +11,7 @@ import pytest
 
 from lorakin.compare.arms import BASE, CONTROL, FULL, LIMIT, MEMBER, REFERENCE, Arm
 from lorakin.compare.results import DIVERGED, DONE, SEED, SWEEP, UNTRAINED, ResultRow, Trial
-from lorakin.compare.standings import Estimate, Ratio, holm, leaders, standings
+from lorakin.compare.standings import Estimate, Ratio, holm, leaders, standings_of
 from lorakin.compare.verdict import verdict
 
 
@@ -62,7 +62,7 @@ def test_holm() -> None:
 def test_differences_are_taken_seed_by_seed() -> None:
     """The values differ more from seed to seed than from arm to arm."""
     everything = rows("lora", [2.0, 3.0, 4.0]) + rows("x", [1.9, 2.9, 3.91]) + [base(9.0)]
-    plain, other, bare = standings([PLAIN, arm("x"), BARE], everything, "loss")
+    plain, other, bare = standings_of([PLAIN, arm("x"), BARE], everything, "loss")
     assert other.ahead is not None
     assert other.ahead.mean == pytest.approx(0.29 / 3)
     assert other.ahead.half_width < 0.02
@@ -80,7 +80,7 @@ def test_of_accuracy_more_is_better() -> None:
         + rows("x", [0.84, 0.87], "accuracy")
         + [base(0.5, "accuracy")]
     )
-    _, other, _ = standings([PLAIN, arm("x"), BARE], everything, "accuracy")
+    _, other, _ = standings_of([PLAIN, arm("x"), BARE], everything, "accuracy")
     assert other.ahead is not None
     assert other.ahead.mean == pytest.approx(0.105)
     assert other.share == pytest.approx((0.855 - 0.5) / (0.75 - 0.5))
@@ -99,7 +99,7 @@ def test_only_what_passes_holm_leads() -> None:
         + rows("sure", [1.9 + n for n in noise])
         + rows("lucky", [1.99, 1.995, 1.999])
     )
-    found = standings([PLAIN, arm("sure"), arm("lucky")], everything, "loss")
+    found = standings_of([PLAIN, arm("sure"), arm("lucky")], everything, "loss")
     assert [s.arm.name for s in leaders(found)] == ["sure"]
     first = verdict(found, "loss")[0]
     assert "sure by 0.100 (95 % interval 0.098 to 0.102)" in first
@@ -108,15 +108,15 @@ def test_only_what_passes_holm_leads() -> None:
 
 def test_a_verdict_of_noise_says_what_could_not_be_seen() -> None:
     everything = rows("lora", [2.0, 2.1, 2.2]) + rows("x", [2.1, 2.0, 2.15])
-    first = verdict(standings([PLAIN, arm("x")], everything, "loss"), "loss")[0]
+    first = verdict(standings_of([PLAIN, arm("x")], everything, "loss"), "loss")[0]
     assert first.startswith("**No method")
     assert re.search("3 seeds.* 0.2", first)
 
 
 def test_one_seed_says_nothing_and_no_run_even_less() -> None:
-    one = standings([PLAIN, arm("x")], rows("lora", [2.0]) + rows("x", [1.0]), "loss")
-    none = standings([PLAIN, arm("x")], [], "loss")
-    plain_alone = standings([PLAIN, arm("x")], rows("lora", [2.0, 2.1]), "loss")
+    one = standings_of([PLAIN, arm("x")], rows("lora", [2.0]) + rows("x", [1.0]), "loss")
+    none = standings_of([PLAIN, arm("x")], [], "loss")
+    plain_alone = standings_of([PLAIN, arm("x")], rows("lora", [2.0, 2.1]), "loss")
     assert "One seed" in verdict(one, "loss")[0]
     assert len(verdict(one, "loss")) == 2  # and that one rate is no sweep
     assert "nothing to compare" in verdict(none, "loss")[0]
@@ -127,7 +127,7 @@ def test_what_is_thrifty_lean_or_behind_is_said() -> None:
     plain = rows("lora", [2.0, 2.01, 2.0], trained=1000, peak_bytes=100)
     thrifty = rows("thrifty", [2.03, 2.01, 2.05], trained=10, frozen=77, peak_bytes=80)
     behind = rows("behind", [2.5, 2.51, 2.5], trained=1000, peak_bytes=100)
-    found = standings(
+    found = standings_of(
         [PLAIN, arm("thrifty"), arm("behind"), BARE], plain + thrifty + behind + [base(3.0)], "loss"
     )
     said = " ".join(verdict(found, "loss"))
@@ -138,7 +138,7 @@ def test_what_is_thrifty_lean_or_behind_is_said() -> None:
 
 def test_where_there_is_nothing_to_learn_the_verdict_says_so_first() -> None:
     everything = rows("lora", [2.0, 2.1]) + rows("x", [2.0, 2.3]) + [base(2.06)]
-    plain, other, bare = standings([PLAIN, arm("x"), BARE], everything, "loss")
+    plain, other, bare = standings_of([PLAIN, arm("x"), BARE], everything, "loss")
     assert plain.share is other.share is None  # of nothing
     assert "untrained base" in verdict([plain, other, bare], "loss")[0]
 
@@ -148,7 +148,9 @@ def test_a_control_is_held_against_what_it_explains() -> None:
     everything = (
         rows("lora", [2.0, 2.1]) + rows("delta", [1.8, 1.93]) + rows("lora-alpha-x3", [1.81, 1.92])
     )
-    said = " ".join(verdict(standings([PLAIN, arm("delta"), control], everything, "loss"), "loss"))
+    said = " ".join(
+        verdict(standings_of([PLAIN, arm("delta"), control], everything, "loss"), "loss")
+    )
     assert re.search("delta is lora-alpha-x3 .* the same .* by 0.000 ± 0.127", said)
 
 
@@ -163,7 +165,7 @@ def test_limits_and_troubles_are_told() -> None:
         + [diverged, lost]
     )
     arms = [PLAIN, arm("x"), arm("lost"), arm("no", refused="it cannot"), whole]
-    said = " ".join(verdict(standings(arms, everything, "loss"), "loss"))
+    said = " ".join(verdict(standings_of(arms, everything, "loss"), "loss"))
     assert "Full is ahead of tuned lora by 0.495 ± 0.064." in said
     assert re.search("Left out.*: no, .* it cannot", said)
     assert re.search("lost .*: the loss became inf at step 1", said)
@@ -180,6 +182,6 @@ def test_a_best_rate_at_the_edge_is_marked() -> None:
     everything = tried("lora", {1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}) + tried(
         "x", {1e-3: 2.0, 1e-2: 1.0}
     )
-    plain, other = standings([PLAIN, arm("x")], everything, "loss")
+    plain, other = standings_of([PLAIN, arm("x")], everything, "loss")
     assert (plain.at_edge, other.at_edge) == (False, True)
     assert "edge of the sweep for x" in " ".join(verdict([plain, other], "loss"))

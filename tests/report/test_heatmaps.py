@@ -59,7 +59,7 @@ def test_what_is_not_finite_is_missing_from_the_caption() -> None:
     ],
 )
 def test_no_two_modules_are_in_one_place(paths: list[str], places: list[tuple[str, str]]) -> None:
-    assert list(heatmaps.places_of(paths).values()) == places
+    assert list(heatmaps.distinct_names(paths).values()) == places
 
 
 def test_ranks_are_counted() -> None:

@@ -39,7 +39,7 @@ class TestVocabulary:
         assert (
             (("Split", PRETOKENIZE_REGEX), ("ByteLevel", False)),
             False,
-        ) in gguf_vocabulary.KNOWN
+        ) in gguf_vocabulary.PRE_TOKENIZERS
 
     def test_every_token_keeps_its_number_kind_and_the_merges_their_order(
         self, words: Path

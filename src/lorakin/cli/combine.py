@@ -25,16 +25,18 @@ EXAMPLES = examples(
 
 
 HOW_HELP = (
-    "sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density, and --rank or "
-    "--error."
+    "How to combine: sum, ties, magnitude_prune, dare_linear or dare_ties. All but sum need "
+    "--density, and --rank or --error."
 )
 ON_HELP = (
-    "What is combined. change: the products B·A, of any ranks. factors: A and B separately, as by "
-    "PEFT's linear, ties …"
+    "What to combine. change: the products B·A, of any ranks. factors: A and B separately, as "
+    "PEFT's linear and ties do."
 )
-DENSITY_HELP = "The share of each change's entries that is kept, in (0, 1]."
-RANK_HELP = "The nearest combination of that rank; without it the sum is exact, and ranks add up."
-ERROR_HELP = "The smallest ranks whose relative error is at most this."
+DENSITY_HELP = "Share of each change's entries to keep, in (0, 1]."
+RANK_HELP = (
+    "Rank of the result, the nearest of that rank; without it a sum is exact and ranks add up."
+)
+ERROR_HELP = "Choose in each module the smallest rank whose relative error is at most this."
 ELECT_HELP = "How TIES elects a sign: total or frequency. \\[default: total]"
 SEED_HELP = "Seed of the entries that DARE keeps. \\[default: 0]"
 PARTS_HELP = "DIRECTORY=WEIGHT, or DIRECTORY for weight 1."

@@ -109,7 +109,7 @@ def _run(comparison: Comparison, devices: str, as_json: bool) -> None:
                 workers.run(comparison_run, chosen_devices, board)
         finally:
             has_results = bool(comparison_run.results.rows)
-            report = comparison_page.write if has_results else comparison_page.findings
+            report = comparison_page.write if has_results else comparison_page.findings_of
             findings = report(comparison_run)
     check_anything_ran(comparison_run)
     if as_json:

@@ -21,7 +21,9 @@ def command(
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the adapter.")],
     alpha: Annotated[
         float | None,
-        typer.Option(help="alpha, if the file does not say it; the scale is alpha/rank."),
+        typer.Option(
+            help="alpha, for files that do not hold it, such as loralib's; the scale is alpha/rank."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -33,7 +33,9 @@ def command(
     ],
     adapter: OptionalAdapter = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 1024,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens per row; longer rows are cut.")
+    ] = 1024,
     loss_on: Annotated[str, typer.Option(help="answers, last or all, as for train.")] = "answers",
     dtype: Dtype = "auto",
     *,

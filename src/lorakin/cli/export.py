@@ -37,12 +37,12 @@ TO_HELP = (
     "merged into it)."
 )
 RANK_HELP = "The largest rank of a module; DoRA needs this or --error."
-ERROR_HELP = "The smallest rank whose relative error is at most this, in each module."
+ERROR_HELP = "Choose in each module the smallest rank whose relative error is at most this."
 DATA_HELP = (
     "Rows like the training data: pairs are fitted to the outputs on them, and the comparison "
     "reads them."
 )
-PORTABLE_HELP = "One rank and scale 1, which vLLM needs."
+PORTABLE_HELP = "Write one rank for all modules and scale 1, as vLLM needs it."
 DTYPE_HELP = "Dtype of the result: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged)."
 
 
@@ -62,9 +62,10 @@ def command(
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter as other programs serve it, and compare that with the trained model.
+    """Write an adapter for other programs, and compare the result with the trained model.
 
-    Plain LoRA, a merged model, or either as GGUF.
+    The result is plain LoRA, a merged model, or either as GGUF. If it does not compute what the
+    trained model computes, nothing is kept.
     """
     from lorakin.serving.job import ExportRequest
 

@@ -51,9 +51,12 @@ def command(
         str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")
     ],
     adapter: OptionalAdapter = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The most tokens of the answer.")
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0, max=1e4, help="0 takes the likeliest token each time.")
+        float,
+        typer.Option(min=0, max=1e4, help="Sampling temperature; 0 takes the likeliest token."),
     ] = 0.0,
     no_chat_template: Annotated[
         bool, typer.Option("--no-chat-template", help="Write prompts without a chat template.")
@@ -65,7 +68,7 @@ def command(
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """Answer a prompt with a model and an adapter, word by word as the answer comes."""
+    """Answer a prompt with a model and an adapter; the answer is printed as it is generated."""
     from lorakin.training.generate import answer
     from lorakin.training.with_adapter import load_with_adapter
 

@@ -28,7 +28,7 @@ def command(
         Path | None,
         typer.Option(
             "--html",
-            help="A file for a page with pictures by layer and the ranks that would suffice.",
+            help="Also write a page to this file, with pictures and the ranks that suffice.",
         ),
     ] = None,
     as_json: Json = False,

@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Merge an adapter into its base model and save a plain transformers model.
 
-    The same as `lorakin export --to merged`.
+    This is the same as `lorakin export --to merged`.
     """
     from lorakin.serving.job import ExportRequest
 

@@ -9,7 +9,7 @@ import typer
 
 from lorakin.errors import ModelError, SettingError
 from lorakin.terminal import Terminal
-from lorakin.training.recipe import MODEL_HELP
+from lorakin.training.recipe import DTYPE_HELP, MODEL_HELP
 
 ADAPTER_HELP = "An adapter's directory, lorakin's or PEFT's, or a hub id."
 
@@ -19,9 +19,7 @@ AdapterArgument = Annotated[
     typer.Argument(metavar="ADAPTER", help=f"{ADAPTER_HELP} It may also be given as --adapter."),
 ]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="The same as ADAPTER.")]
-Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: the faster on this machine.")
-]
+Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
 OptionalModel = Annotated[
     str | None,
     typer.Option("--model", "-m", help=f"{MODEL_HELP} By default the one that the adapter names."),

@@ -30,7 +30,7 @@ RANK_HELP = (
 )
 SET_HELP = "Any other setting, for the methods that have it, such as dropout=0.1."
 LENGTH_HELP = (
-    "Tokens per row; all rows are planned as long as that. "
+    "Tokens per row; all rows are planned with this length. "
     "\\[default: 1024, or what the model can take]"
 )
 DEVICE_HELP = "cpu or cuda. \\[default: what lorakin train would take]"
@@ -50,7 +50,7 @@ def command(
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     labels: Annotated[
         int | None,
-        typer.Option(help="Number of classes; plans a classifier instead of a language model."),
+        typer.Option(help="Number of classes, to plan a classifier instead of a language model."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help=LENGTH_HELP)] = None,
     steps: Annotated[

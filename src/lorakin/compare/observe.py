@@ -82,10 +82,10 @@ def weights_before_after(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] |
     Both are float32 (outputs, inputs). None: the module has no matrix.
     """
     if path in adapter.placement.whole_modules:
-        twin = adapter.tensors.copy_of(path)
-        if kind_of(twin) is None:
+        trained_copy = adapter.tensors.copy_of(path)
+        if kind_of(trained_copy) is None:
             return None
-        return adapter.tensors.base_weight(path).float(), base_weight_of(twin).float()
+        return adapter.tensors.base_weight(path).float(), base_weight_of(trained_copy).float()
     before, pair = adapter.tensors.base_weight(path).float(), adapter.tensors.saved_change(path)
     after = before + pair.up.float() @ pair.down.float()
     return before, after if pair.gain is None else pair.gain.float().unsqueeze(1) * after

@@ -44,8 +44,8 @@ class Estimate:
     def of(cls, values: Sequence[float]) -> Estimate:
         """Returns the estimate from the values, one for each seed; there is at least one.
 
-        >>> found = Estimate.of([1.0, 2.0, 3.0])
-        >>> f"{found.mean:.1f} ± {found.half_width:.3f}, p = {found.p:.3f}"
+        >>> estimate = Estimate.of([1.0, 2.0, 3.0])
+        >>> f"{estimate.mean:.1f} ± {estimate.half_width:.3f}, p = {estimate.p:.3f}"
         '2.0 ± 2.484, p = 0.074'
         """
         mean, count = statistics.fmean(values), len(values)
@@ -172,7 +172,7 @@ class Standing:
         }
 
 
-def standings(arms: Sequence[Arm], rows: Sequence[ResultRow], measure: str) -> list[Standing]:
+def standings_of(arms: Sequence[Arm], rows: Sequence[ResultRow], measure: str) -> list[Standing]:
     """Returns where each arm stands, in the order of the arms.
 
     Args:
@@ -225,12 +225,12 @@ def _standing(arm: Arm, best: list[ResultRow], rows: Sequence[ResultRow], measur
     )
 
 
-def _corrected(found: Sequence[Standing]) -> list[Standing]:
+def _corrected(standings: Sequence[Standing]) -> list[Standing]:
     """Sets the p-values; those of methods are corrected for their number."""
-    raw = {s.arm.name: s.ahead.p for s in found if s.ahead is not None}
-    members = {s.arm.name: raw[s.arm.name] for s in found if s.kind == MEMBER and s.ahead}
+    raw = {s.arm.name: s.ahead.p for s in standings if s.ahead is not None}
+    members = {s.arm.name: raw[s.arm.name] for s in standings if s.kind == MEMBER and s.ahead}
     p = raw | holm(members)
-    return [dataclasses.replace(s, p=p.get(s.arm.name, 1.0)) for s in found]
+    return [dataclasses.replace(s, p=p.get(s.arm.name, 1.0)) for s in standings]
 
 
 def sign_of(measure: str) -> float:
@@ -252,11 +252,11 @@ def paired_difference(
     return Estimate.of([sign_of(measure) * (values[seed] - references[seed]) for seed in seeds])
 
 
-def leaders(found: Sequence[Standing]) -> list[Standing]:
+def leaders(standings: Sequence[Standing]) -> list[Standing]:
     """Returns the methods that beat plain LoRA by more than the noise, the best first."""
     ahead = [
         (s.ahead.mean, s)
-        for s in found
+        for s in standings
         if s.kind == MEMBER and s.ahead and s.ahead.mean > 0 and s.p < 1 - CONFIDENCE
     ]
     return [s for _, s in sorted(ahead, key=lambda pair: -pair[0])]

@@ -15,32 +15,32 @@ ENOUGH, THRIFTY, LEAN = 0.9, 0.5, 0.95
 half as many parameters, and as lean if all its runs need less than 95 % of the memory."""
 
 
-def verdict(found: Sequence[Standing], measure: str) -> list[str]:
+def verdict(standings: Sequence[Standing], measure: str) -> list[str]:
     """Returns sentences, the most important first; **bold** marks the parts to read first.
 
     Args:
-        found: where the arms stand; the first is plain LoRA.
+        standings: where the arms stand; the first is plain LoRA.
         measure: "loss" or "accuracy".
     """
-    reference = found[0]
+    reference = standings[0]
     if reference.quality is None:
         return [f"**There is nothing to compare with yet**: tuned {PLAIN} has no finished run."]
     if reference.quality.count < 2:
         return [
             "**One seed cannot tell a difference from noise**, so this does not say which method "
             f"is better than tuned {PLAIN}; compare with --seeds 3 or more.",
-            *_troubles(found),
+            *_troubles(standings),
         ]
-    members = [s for s in found if s.kind == MEMBER and s.ahead is not None]
+    members = [s for s in standings if s.kind == MEMBER and s.ahead is not None]
     return [
-        *_headroom(found),
+        *_headroom(standings),
         _leaders(members, reference.quality.count, measure),
         *_worse(members, measure),
         *_thrifty(members, reference),
         *_lean(members),
-        *_controls(found, measure),
-        *_limits(found, measure),
-        *_troubles(found),
+        *_controls(standings, measure),
+        *_limits(standings, measure),
+        *_troubles(standings),
     ]
 
 
@@ -83,9 +83,9 @@ def with_interval(estimate: Estimate, measure: str, signed: bool = False) -> str
     return f"{sign}{mean} ± {amount(estimate.half_width, measure)}"
 
 
-def _headroom(found: Sequence[Standing]) -> Iterator[str]:
+def _headroom(standings: Sequence[Standing]) -> Iterator[str]:
     """Warns if plain LoRA learns nothing: then no method can be told from another."""
-    if found[0].share is None and any(s.arm.name == BASE and s.quality for s in found):
+    if standings[0].share is None and any(s.arm.name == BASE and s.quality for s in standings):
         yield (
             f"**Tuned {PLAIN} is not better than the untrained base by more than the noise**, so "
             "this budget on this data cannot tell methods apart: train longer, or on more rows."
@@ -165,10 +165,10 @@ def _lean(members: Sequence[Standing]) -> Iterator[str]:
         )
 
 
-def _controls(found: Sequence[Standing], measure: str) -> Iterator[str]:
+def _controls(standings: Sequence[Standing], measure: str) -> Iterator[str]:
     """Compares what is the same in theory with what was measured."""
-    for control in found:
-        explained = next((s for s in found if s.arm.name == control.arm.explains), None)
+    for control in standings:
+        explained = next((s for s in standings if s.arm.name == control.arm.explains), None)
         if control.kind != CONTROL or explained is None:
             continue
         difference = paired_difference(explained.rows, control.rows, measure)
@@ -182,8 +182,8 @@ def _controls(found: Sequence[Standing], measure: str) -> Iterator[str]:
         )
 
 
-def _limits(found: Sequence[Standing], measure: str) -> Iterator[str]:
-    for s in found:
+def _limits(standings: Sequence[Standing], measure: str) -> Iterator[str]:
+    for s in standings:
         if s.arm.name in (FULL, HEAD) and s.ahead and s.ahead.count >= 2:
             noise = "" if s.ahead.excludes_zero else ", within the noise"
             side = "ahead of" if s.ahead.mean > 0 else "behind"
@@ -199,24 +199,26 @@ def _side(difference: Estimate) -> str:
     return "ahead" if difference.mean > 0 else "behind"
 
 
-def _troubles(found: Sequence[Standing]) -> Iterator[str]:
+def _troubles(standings: Sequence[Standing]) -> Iterator[str]:
     """Names what was left out and what did not end well: nothing is dropped silently."""
-    for s in found:
+    for s in standings:
         if s.refused:
             yield f"**Left out**: {s.arm.title}, because {s.refused}"
         elif s.failed_trials and not s.done:
             yield f"**No run of {s.arm.title} ended well**: {s.failed_trials[0].reason}"
 
-    diverged = {s.arm.title: sum(row.status == DIVERGED for row in s.failed_trials) for s in found}
+    diverged = {
+        s.arm.title: sum(row.status == DIVERGED for row in s.failed_trials) for s in standings
+    }
     if names := ", ".join(f"{title} ({count})" for title, count in diverged.items() if count):
         yield (
             "Trials that diverged, which stay in the results and count against their learning "
             f"rate: {names}."
         )
-    for s in found:
+    for s in standings:
         if failed := [row for row in s.failed_trials if row.status != DIVERGED]:
             yield f"{len(failed)} trials of {s.arm.title} failed: {failed[0].reason}"
-    if edges := ", ".join(s.arm.title for s in found if s.at_edge):
+    if edges := ", ".join(s.arm.title for s in standings if s.at_edge):
         yield (
             f"The best learning rate is at the edge of the sweep for {edges}: a better one may lie "
             "beyond it."

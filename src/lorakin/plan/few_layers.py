@@ -36,7 +36,7 @@ def rehearse(conditions: Conditions, method: Method, machine: Machine) -> Rehear
         LorakinError: the method cannot run on this model with these settings.
     """
     depths = shallow_depths(conditions)
-    # A probe chooses a share of the modules, rounded up: that is no line.
+    # A probe chooses a share of the modules, rounded up, so its figures do not lie on a line.
     if depths is None or method.needed_probe is not None:
         return rehearse_whole(conditions, method, machine)
     counts = _counted(conditions, method)

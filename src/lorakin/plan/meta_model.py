@@ -66,7 +66,7 @@ def meta_model(config: Any, dtype: torch.dtype | None = None, classifier: bool =
         else transformers.AutoModelForCausalLM
     )
     kind = "classifier" if classifier else "causal language model"
-    what = f"{type(config).__name__} is the config of no {kind}"
+    what = f"{type(config).__name__} is not the config of a {kind}"
     with loading.as_model_error(what), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
         return loading.model_from_config(

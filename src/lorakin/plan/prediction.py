@@ -104,8 +104,8 @@ def plan_methods(
     ...     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
     ...     num_attention_heads=2)
     >>> conditions = Conditions(config, torch.float32, batch_size=1, max_length=4)
-    >>> [found] = plan_methods(conditions, [lorakin.family.method_named("lora", {"rank": 2})])
-    >>> found.trainable_parameters
+    >>> [plan] = plan_methods(conditions, [lorakin.family.method_named("lora", {"rank": 2})])
+    >>> plan.trainable_parameters
     496
 
     Args:

@@ -36,11 +36,11 @@ def render(summary: Summary) -> str:
     Raises:
         AdapterError: the adapter's importance.json is damaged.
     """
-    found = importance_in(summary.path)
+    shares = importance_in(summary.path)
     sections = [Section("At a glance", [_facts(summary)]), Section("Change", _change(summary))]
-    if found:
-        own = summary.method.with_own_pair(list(found))
-        sections.append(Section("Importance", [heatmaps.importance(found, own)]))
+    if shares:
+        private = summary.method.with_own_pair(list(shares))
+        sections.append(Section("Importance", [heatmaps.importance(shares, private)]))
     if len(set(summary.ranks.values())) > 1:
         sections.append(Section("Rank", [heatmaps.ranks(summary.ranks)]))
     if any(summary.norms.values()):
@@ -97,15 +97,15 @@ def _spectra(summary: Summary) -> list[Section]:
 
 
 def _counted(summary: Summary, suggested: Mapping[str, int]) -> str:
-    """Says how many numbers pairs of the suggested ranks have."""
-    now, then = _numbers(summary, summary.ranks), _numbers(summary, suggested)
-    said = (
-        f"Pairs of these ranks have {then:,} numbers, {then / now:.0%} of the {now:,} that pairs "
-        "of the present ranks have."
+    """Says how many parameters pairs of the suggested ranks have."""
+    now, then = _parameter_count(summary, summary.ranks), _parameter_count(summary, suggested)
+    text = (
+        f"Pairs of these ranks have {then:,} parameters, {then / now:.0%} of the {now:,} that "
+        "pairs of the present ranks have."
     )
     if _shared(summary):
-        said += f" The file has only {summary.parameters:,}, because modules share a pair."
-    return said
+        text += f" The file has only {summary.parameters:,}, because modules share a pair."
+    return text
 
 
 def _modules(
@@ -125,14 +125,14 @@ def _modules(
     return Table("By module", columns, rows)
 
 
-def _lines(summary: Summary, found: spectrum.RankPattern) -> str:
+def _lines(summary: Summary, suggested: spectrum.RankPattern) -> str:
     """Returns the ranks in PEFT's words, with alphas that keep the present alpha / rank."""
-    said: dict[str, object] = {"r": found.rank, "rank_pattern": found.pattern}
+    fields: dict[str, object] = {"r": suggested.rank, "rank_pattern": suggested.pattern}
     alpha, rank = summary.method.setting("alpha"), summary.method.setting("rank")
     if alpha and rank and not summary.method.setting("rslora"):
-        alphas = {key: _whole(alpha * r / rank) for key, r in found.pattern.items()}
-        said |= {"lora_alpha": _whole(alpha * found.rank / rank), "alpha_pattern": alphas}
-    return json.dumps(said, indent=2, ensure_ascii=False)
+        alphas = {key: _whole(alpha * r / rank) for key, r in suggested.pattern.items()}
+        fields |= {"lora_alpha": _whole(alpha * suggested.rank / rank), "alpha_pattern": alphas}
+    return json.dumps(fields, indent=2, ensure_ascii=False)
 
 
 def _whole(number: float) -> float:
@@ -140,13 +140,13 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def _numbers(summary: Summary, ranks: Mapping[str, int]) -> int:
-    """Returns how many numbers pairs of these ranks have."""
+def _parameter_count(summary: Summary, ranks: Mapping[str, int]) -> int:
+    """Returns how many parameters pairs of these ranks have."""
     return sum(
         ranks[path] * (len(pair.up) + pair.down.shape[1]) for path, pair in summary.pairs.items()
     )
 
 
 def _shared(summary: Summary) -> bool:
-    """Whether modules share pairs, so that the file holds fewer numbers than the pairs have."""
-    return summary.parameters < _numbers(summary, summary.ranks)
+    """Whether modules share pairs, so that the file holds fewer parameters than the pairs have."""
+    return summary.parameters < _parameter_count(summary, summary.ranks)

@@ -15,7 +15,7 @@ from lorakin.report.vega import MUTED, data, tooltip
 from lorakin.training.progress import running_mean
 
 SMOOTHING = 0.8
-"""Of the running mean of a training loss."""
+"""The smoothing of the running mean of a training loss."""
 MOST_ROWS = 20
 """About how many steps a table of losses has."""
 
@@ -97,12 +97,12 @@ def rate_curves(
         losses_by_arm: arm → rate → loss; infinite if the trial did not end well.
         best: arm → its best rate.
     """
-    known = [
+    finite = [
         loss for losses in losses_by_arm.values() for loss in losses.values() if math.isfinite(loss)
     ]
-    low, top = min(known, default=0.0), max(known, default=1.0)
-    if known:  # one very bad rate must not flatten all curves
-        top = min(top, low + 4 * (statistics.median(known) - low) + 0.2)
+    low, top = min(finite, default=0.0), max(finite, default=1.0)
+    if finite:  # one very bad rate must not flatten all curves
+        top = min(top, low + 4 * (statistics.median(finite) - low) + 0.2)
     panels = {name: _rate_panel(losses, (low, top)) for name, losses in losses_by_arm.items()}
     rates = ", ".join(f"{name} {rate:g}" for name, rate in best.items())
     caption = (
@@ -133,7 +133,7 @@ def _rate_panel(losses: Mapping[float, float], span: tuple[float, float]) -> alt
         {
             "lr": lr,
             "loss": min(loss, top),
-            "said": f"{loss:.3f}" if math.isfinite(loss) else "none",
+            "shown": f"{loss:.3f}" if math.isfinite(loss) else "none",
             "seen": loss <= top,
         }
         for lr, loss in sorted(losses.items())
@@ -145,7 +145,7 @@ def _rate_panel(losses: Mapping[float, float], span: tuple[float, float]) -> alt
     y = alt.Y("loss:Q", title="loss", scale=scale, axis=alt.Axis(tickCount=4))
     shapes = alt.Scale(domain=[True, False], range=["circle", "triangle-up"])
     shape = alt.Shape("seen:N", scale=shapes, legend=None)
-    tips = [tooltip("lr", "learning rate", ".2~g"), tooltip("said", "loss", kind="N")]
+    tips = [tooltip("lr", "learning rate", ".2~g"), tooltip("shown", "loss", kind="N")]
 
     shown = alt.Chart(data(rows))
     dots = shown.mark_point(filled=True, size=45, opacity=1)

@@ -11,7 +11,7 @@ from lorakin.compare.directory import REPORT, TRIALS
 from lorakin.compare.next_trials import sweep_losses
 from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.results import DONE, TIMING, ResultRow
-from lorakin.compare.standings import Standing, leaders, measure_of, standings
+from lorakin.compare.standings import Standing, leaders, measure_of, standings_of
 from lorakin.compare.verdict import verdict
 from lorakin.family.method_words import axes_of
 from lorakin.report import heatmaps, page
@@ -23,13 +23,14 @@ from lorakin.report.page import Block, Code, Figure, Paragraph, Section
 from lorakin.report.rank_history import ranks_over_time
 from lorakin.storage.summary import layer_and_name
 from lorakin.terminal import command
+from lorakin.training.recipe import option_of
 
 TITLE = "Which method, on this model and data?"
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What a comparison found: where its arms stand, and a verdict in words."""
+    """What a comparison findings: where its arms stand, and a verdict in words."""
 
     measure: str
     standings: list[Standing]
@@ -44,11 +45,11 @@ class Findings:
         }
 
 
-def findings(comparison_run: PreparedComparison) -> Findings:
+def findings_of(comparison_run: PreparedComparison) -> Findings:
     """Returns what the rows so far support."""
     measure = measure_of(comparison_run.results.rows)
-    found = standings(comparison_run.arms, comparison_run.results.rows, measure)
-    return Findings(measure, found, verdict(found, measure))
+    standings = standings_of(comparison_run.arms, comparison_run.results.rows, measure)
+    return Findings(measure, standings, verdict(standings, measure))
 
 
 def write(comparison_run: PreparedComparison) -> Findings:
@@ -57,12 +58,12 @@ def write(comparison_run: PreparedComparison) -> Findings:
     Raises:
         OutputError: the file cannot be written.
     """
-    found = findings(comparison_run)
-    page.write(comparison_run.out / REPORT, html(comparison_run, found))
-    return found
+    findings = findings_of(comparison_run)
+    page.write(comparison_run.out / REPORT, html(comparison_run, findings))
+    return findings
 
 
-def html(comparison_run: PreparedComparison, found: Findings) -> str:
+def html(comparison_run: PreparedComparison, findings: Findings) -> str:
     """Returns the report as HTML."""
     options, left = comparison_run.comparison, comparison_run.expected()
     seeds = "one seed" if options.seeds == 1 else f"{options.seeds} seeds"
@@ -72,24 +73,24 @@ def html(comparison_run: PreparedComparison, found: Findings) -> str:
     )
     if left:
         subtitle += f" **Unfinished**: about {left} trials are still to run."
-    troubles = troubles_table(found.standings)
-    tables: list[Block] = [arms_table(found.standings, found.measure)]
+    troubles = troubles_table(findings.standings)
+    tables: list[Block] = [arms_table(findings.standings, findings.measure)]
     tables += [troubles] if troubles else []
     sections = [
-        Section("Verdict", [Paragraph(*found.verdict), _to_use(comparison_run, found)]),
+        Section("Verdict", [Paragraph(*findings.verdict), _to_use(comparison_run, findings)]),
         Section("All arms", tables),
-        Section("Quality against cost", _costs(found)),
-        Section("Learning", list(_curves(comparison_run, found))),
-        Section("Inside the weights", list(_weights(found))),
-        Section("How much each layer changes", _changes(found), open=False),
-        Section("How this was measured", [_method(comparison_run, found)], open=False),
+        Section("Quality against cost", _costs(findings)),
+        Section("Learning", list(_curves(comparison_run, findings))),
+        Section("Inside the weights", list(_weights(findings))),
+        Section("How much each layer changes", _changes(findings), open=False),
+        Section("How this was measured", [_method(comparison_run, findings)], open=False),
     ]
     return page.render(TITLE, subtitle, [section for section in sections if section.blocks])
 
 
-def _to_use(comparison_run: PreparedComparison, found: Findings) -> Code:
+def _to_use(comparison_run: PreparedComparison, findings: Findings) -> Code:
     """Returns the command that trains the method that the verdict points to."""
-    best = next(iter(leaders(found.standings)), found.standings[0])
+    best = next(iter(leaders(findings.standings)), findings.standings[0])
     options, steps = comparison_run.comparison, comparison_run.steps(best.arm.name)
     arguments = ["lorakin", "train", "--model", options.model, "--data", options.data]
     arguments += ["--method", best.arm.words]
@@ -100,7 +101,7 @@ def _to_use(comparison_run: PreparedComparison, found: Findings) -> Code:
         arguments += ["--lr", f"{best.lr:g}"]
     arguments += ["--steps", str(steps)]
     for name, value in options.recipe.items():
-        arguments += _flag(name, value)
+        arguments += as_options(name, value)
     return Code(
         f"To train {best.arm.title} like this on all rows. The adapters of the runs above are in "
         f"`{comparison_run.out / TRIALS}`.",
@@ -108,17 +109,25 @@ def _to_use(comparison_run: PreparedComparison, found: Findings) -> Code:
     )
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    """Returns a field of the recipe as an option of `lorakin train`."""
-    option = name.replace("_", "-")
+def as_options(name: str, value: Any) -> list[str]:
+    """Returns a field of the recipe as options of `lorakin train`.
+
+    >>> as_options("schedule_args", {"min_lr": 1e-05})
+    ['--schedule-arg', 'min_lr=1e-05']
+    """
+    option = option_of(name)
+    flag = next(iter(option.names if option else ()), f"--{name.replace('_', '-')}")
     if isinstance(value, bool):
-        return [f"--{'' if value else 'no-'}{option}"]
-    return [f"--{option}", ",".join(value) if isinstance(value, list) else str(value)]
+        return [flag if value else f"--no-{flag[2:]}"]
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, dict):
+        values = [f"{key}={item}" for key, item in value.items()]
+    return [part for one in values for part in (flag, str(one))]
 
 
-def _costs(found: Findings) -> list[Block]:
+def _costs(findings: Findings) -> list[Block]:
     """Returns charts of quality against cost, for the arms that train."""
-    shown = [s for s in found.standings if s.done and s.quality and s.lr is not None]
+    shown = [s for s in findings.standings if s.done and s.quality and s.lr is not None]
     parameters = {s.arm.name: float(s.trained or 0) for s in shown}
     memory = {s.arm.name: s.memory.median for s in shown if s.memory}
     time = {s.arm.name: s.time.median for s in shown if s.time}
@@ -128,13 +137,15 @@ def _costs(found: Findings) -> list[Block]:
         Cost(f"time of a step, × {PLAIN}", "linear", time),
     )
     return [
-        pareto(shown, cost, found.measure) for cost in costs if sum(map(bool, cost.of.values())) > 1
+        pareto(shown, cost, findings.measure)
+        for cost in costs
+        if sum(map(bool, cost.of.values())) > 1
     ]
 
 
-def _curves(comparison_run: PreparedComparison, found: Findings) -> Iterator[Block]:
+def _curves(comparison_run: PreparedComparison, findings: Findings) -> Iterator[Block]:
     """Yields charts of losses and sweeps."""
-    trained = [s for s in found.standings if s.lr is not None and s.done and s.done[0].losses]
+    trained = [s for s in findings.standings if s.lr is not None and s.done and s.done[0].losses]
     groups = {
         "Training loss": [s for s in trained if s.kind in (REFERENCE, MEMBER)],
         "Training loss of controls and limits": [s for s in trained if s.kind != MEMBER],
@@ -144,21 +155,21 @@ def _curves(comparison_run: PreparedComparison, found: Findings) -> Iterator[Blo
             yield loss_curves(title, group)
 
     rows = comparison_run.results.rows
-    sweeps = {s.arm.title: sweep_losses(s.arm.name, rows) for s in found.standings}
+    sweeps = {s.arm.title: sweep_losses(s.arm.name, rows) for s in findings.standings}
     sweeps = {title: losses for title, losses in sweeps.items() if len(losses) > 1}
     if sweeps:
-        best = {s.arm.title: s.lr for s in found.standings if s.lr is not None}
+        best = {s.arm.title: s.lr for s in findings.standings if s.lr is not None}
         yield rate_curves(sweeps, {title: best[title] for title in sweeps if title in best})
 
 
-def _first_runs(found: Findings) -> list[tuple[Standing, ResultRow]]:
+def _first_runs(findings: Findings) -> list[tuple[Standing, ResultRow]]:
     """Returns each arm that trains with the run of its first seed, for pictures of one run."""
-    return [(s, s.done[0]) for s in found.standings if s.done and s.lr is not None]
+    return [(s, s.done[0]) for s in findings.standings if s.done and s.lr is not None]
 
 
-def _weights(found: Findings) -> Iterator[Block]:
+def _weights(findings: Findings) -> Iterator[Block]:
     """Yields pictures of magnitudes and directions, ranks and importance."""
-    runs = _first_runs(found)
+    runs = _first_runs(findings)
     if points := _points([(s, row) for s, row in runs if _has_scatter(s)]):
         yield magnitude_direction(points)
     for s, row in runs:
@@ -183,10 +194,10 @@ def _points(runs: Sequence[tuple[Standing, ResultRow]]) -> list[Point]:
     ]
 
 
-def _changes(found: Findings) -> list[Block]:
+def _changes(findings: Findings) -> list[Block]:
     """Returns a picture of each arm's changes by layer."""
     blocks: list[Block] = []
-    for s, row in _first_runs(found):
+    for s, row in _first_runs(findings):
         if s.kind != CONTROL and row.layers:
             changes = {path: change["relative"] for path, change in row.layers.items()}
             blocks.append(_titled(s, heatmaps.change_by_layer(changes, relative=True)))
@@ -198,11 +209,11 @@ def _titled(s: Standing, figure: Figure) -> Figure:
     return dataclasses.replace(figure, title=f"{s.arm.title}: {figure.title}")
 
 
-def _method(comparison_run: PreparedComparison, found: Findings) -> Paragraph:
+def _method(comparison_run: PreparedComparison, findings: Findings) -> Paragraph:
     """Says how the comparison was made."""
     options, parts = comparison_run.comparison, comparison_run.parts
     rows = comparison_run.results.rows
-    counts = {int(row.report["count"]) for row in rows if row.report and found.measure == "loss"}
+    counts = {int(row.report["count"]) for row in rows if row.report and findings.measure == "loss"}
     answers = f", which have {max(counts):,} answer tokens" if counts else ""
     left_out = f" Left out: {parts.left_out}." if parts.left_out else ""
     devices = sorted({row.device for row in rows if row.device})
@@ -211,7 +222,7 @@ def _method(comparison_run: PreparedComparison, found: Findings) -> Paragraph:
         f"**Data**: {parts.train:,} rows to train on, {parts.tune} to choose learning rates by, "
         f"{parts.report} to report on; the same for all arms.{left_out} The table's figures are "
         f"measured on the rows to report on{answers}.",
-        _budget(comparison_run, found),
+        _budget(comparison_run, findings),
         f"**Learning rate**: {_rates(comparison_run)}",
         f"**Size**: rank {options.rank} and alpha {options.alpha:g} for plain {PLAIN}. The other "
         "methods have a comparable rank and scale: a budget of ranks ends at that rank, and a pair "
@@ -228,16 +239,16 @@ def _method(comparison_run: PreparedComparison, found: Findings) -> Paragraph:
     )
 
 
-def _budget(comparison_run: PreparedComparison, found: Findings) -> str:
+def _budget(comparison_run: PreparedComparison, findings: Findings) -> str:
     budget = comparison_run.comparison.parsed_budget
     text = (
         f"**Budget**: {budget} for every trial. All arms see the same rows in the same order with "
         "the same seed."
     )
     if any(row.trial.stage == TIMING for row in comparison_run.results.rows):
-        steps = (f"{s.arm.title} {comparison_run.steps(s.arm.name)}" for s in found.standings)
+        steps = (f"{s.arm.title} {comparison_run.steps(s.arm.name)}" for s in findings.standings)
         text += f" Steps in that time: {', '.join(steps)}."
-    if probes := [s.arm.title for s in found.standings if any(row.importance for row in s.done)]:
+    if probes := [s.arm.title for s in findings.standings if any(row.importance for row in s.done)]:
         text += f" The probe of {', '.join(probes)} comes on top."
     return text
 

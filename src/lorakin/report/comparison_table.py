@@ -11,14 +11,14 @@ from lorakin.compare.verdict import percent, with_interval
 from lorakin.report.page import Cell, Column, Table, TableRow, Value
 
 
-def arms_table(found: Sequence[Standing], measure: str) -> Table:
+def arms_table(standings: Sequence[Standing], measure: str) -> Table:
     """Returns the table of all arms, the best first.
 
     Args:
-        found: where the arms stand.
+        standings: where the arms stand.
         measure: "loss" or "accuracy".
     """
-    order = sorted(found, key=lambda s: _badness(s, measure))
+    order = sorted(standings, key=lambda s: _badness(s, measure))
     methods = (s for s in order if s.kind in (REFERENCE, MEMBER) and s.quality is not None)
     best = next(methods, None)
     rows = [TableRow(_cells(s, measure), _mark(s, best)) for s in order]
@@ -99,8 +99,10 @@ def _cells(s: Standing, measure: str) -> list[Value]:
     ]
 
 
-def _estimate(found: Estimate | None, measure: str, signed: bool = False) -> Value:
-    return None if found is None else Cell(with_interval(found, measure, signed), found.mean)
+def _estimate(estimate: Estimate | None, measure: str, signed: bool = False) -> Value:
+    if estimate is None:
+        return None
+    return Cell(with_interval(estimate, measure, signed), estimate.mean)
 
 
 def _ratio(ratio: Ratio | None) -> Value:
@@ -109,12 +111,12 @@ def _ratio(ratio: Ratio | None) -> Value:
     return Cell(f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})", ratio.median)
 
 
-def troubles_table(found: Sequence[Standing]) -> Table | None:
+def troubles_table(standings: Sequence[Standing]) -> Table | None:
     """Returns the arms that were left out and the trials that did not end well; None if none."""
     rows: list[list[Value]] = [
-        [s.arm.title, None, None, "left out", s.refused] for s in found if s.refused
+        [s.arm.title, None, None, "left out", s.refused] for s in standings if s.refused
     ]
-    for s in found:
+    for s in standings:
         rows += [
             [s.arm.title, row.trial.lr, row.trial.seed, row.status, row.reason]
             for row in s.failed_trials

@@ -46,10 +46,10 @@ def change_by_layer(
     """
     scale = ColourScale(f"‖{of}‖ / ‖W‖" if relative else f"‖{of}‖", ".3~g", "{:.3g}")
     to_weight = ", relative to that of its weight" if relative else ""
-    said = (
+    caption = (
         f"The Frobenius norm of each module's change{to_weight}. {_extremes(values, scale)} {note}"
     )
-    return _heatmap(f"{scale.title} by layer and module", said.strip(), values, scale)
+    return _heatmap(f"{scale.title} by layer and module", caption.strip(), values, scale)
 
 
 def effective_ranks(values: Mapping[str, float]) -> Figure:
@@ -81,42 +81,42 @@ def ranks(
         note: ends the caption.
     """
     counts = sorted(Counter(values.values()).items())
-    said = ", ".join(f"rank {rank} in {number}" for rank, number in counts[:8])
+    common = ", ".join(f"rank {rank} in {number}" for rank, number in counts[:8])
     others = " and others" if len(counts) > 8 else ""
     caption = (
-        f"Of {len(values)} modules: {said}{others}; {sum(values.values()):,} ranks in all. {note}"
+        f"Of {len(values)} modules: {common}{others}; {sum(values.values()):,} ranks in all. {note}"
     )
     scale = ColourScale("rank", "d", "{:d}")
     return _heatmap(title, caption.strip(), values, scale, numbers=True)
 
 
-def importance(found: Mapping[str, float], own: Collection[str]) -> Figure:
-    """Returns a picture of what a probe found.
+def importance(shares: Mapping[str, float], private: Collection[str]) -> Figure:
+    """Returns a picture of the importance that a probe found.
 
     Args:
-        found: path → share of the importance.
-        own: paths of the modules that keep a pair of their own; a dot marks them.
+        shares: path → share of the importance.
+        private: paths of the modules that keep their own pair; a dot marks them.
     """
-    share = sum(found[path] for path in own if path in found)
+    kept = sum(shares[path] for path in private if path in shares)
     caption = (
-        f"Each module's share of the importance that a short probe found. The {len(own)} of "
-        f"{len(found)} modules with a dot keep a pair of their own; together they have {share:.1%} "
-        "of the importance."
+        f"Each module's share of the importance that a short probe found. The {len(private)} of "
+        f"{len(shares)} modules with a dot keep their own pair; together they have {kept:.1%} of "
+        "the importance."
     )
     scale = ColourScale("share", ".2~%", "{:.2%}")
     title = "Importance by layer and module"
-    return _heatmap(title, caption, found, scale, dots=frozenset(own))
+    return _heatmap(title, caption, shares, scale, dots=frozenset(private))
 
 
 def _extremes(values: Mapping[str, float], scale: ColourScale) -> str:
-    known = {path: value for path, value in values.items() if math.isfinite(value)}
-    if not known:
+    finite = {path: value for path, value in values.items() if math.isfinite(value)}
+    if not finite:
         return "None is known."
-    most, least = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
+    most, least = max(finite, key=finite.__getitem__), min(finite, key=finite.__getitem__)
     return (
-        f"The largest is {scale.shown(known[most])}, in `{most}`; the smallest "
-        f"{scale.shown(known[least])}, in `{least}`; the median "
-        f"{scale.shown(statistics.median(known.values()))}."
+        f"The largest is {scale.shown(finite[most])}, in `{most}`; the smallest "
+        f"{scale.shown(finite[least])}, in `{least}`; the median "
+        f"{scale.shown(statistics.median(finite.values()))}."
     )
 
 
@@ -130,11 +130,11 @@ def _heatmap(
     dots: Collection[str] = (),
 ) -> Figure:
     """Returns a heat map; with `numbers` in the cells where they fit, with `dots` on some."""
-    places = places_of(values)
-    layers, modules = _layers(places), list(dict.fromkeys(name for _, name in places.values()))
+    names = distinct_names(values)
+    layers, modules = _layers(names), list(dict.fromkeys(name for _, name in names.values()))
     rows = [
         {"layer": layer, "module": name, "value": values[path], "path": path, "dot": path in dots}
-        for path, (layer, name) in places.items()
+        for path, (layer, name) in names.items()
     ]
     base = alt.Chart(data(rows)).encode(
         x=alt.X("layer:O", sort=layers, title="layer", axis=ACROSS),
@@ -165,49 +165,49 @@ def _heatmap(
         for path, value in values.items()
     }
     drawn = alt.layer(*charts).properties(width="container", height=ROW_HEIGHT * len(modules))
-    table = _table(f"{scale.title} by layer", cells, places, layers, modules)
+    table = _table(f"{scale.title} by layer", cells, names, layers, modules)
     return Figure(title, caption, drawn, table)
 
 
 def _table(
     caption: str,
     cells: Mapping[str, Cell],
-    places: Mapping[str, tuple[str, str]],
+    names: Mapping[str, tuple[str, str]],
     layers: Sequence[str],
     modules: Sequence[str],
 ) -> Table:
-    at = {place: cells[path] for path, place in places.items()}
+    cell_at = {names[path]: cell for path, cell in cells.items()}
     rows = [
         [
             Cell(layer, float(layer) if layer.isdigit() else None),
-            *(at.get((layer, name), Cell("")) for name in modules),
+            *(cell_at.get((layer, name), Cell("")) for name in modules),
         ]
         for layer in layers
     ]
     return Table(caption, [Column("layer"), *map(Column, modules)], rows)
 
 
-def places_of(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
+def distinct_names(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Returns path → (layer, module), all different.
 
     The module is named by its last word if that is enough.
 
-    >>> places_of(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+    >>> distinct_names(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
     {'model.layers.0.mlp.up_proj': ('0', 'up_proj'), 'model.layers.1.mlp.up_proj': ('1', 'up_proj')}
     """
-    found = {path: layer_and_name(path) for path in paths}
-    if len(set(found.values())) < len(found):
+    names = {path: layer_and_name(path) for path in paths}
+    if len(set(names.values())) < len(names):
         # Two towers, such as an encoder and a decoder: their layers have the same numbers.
-        found = {
-            path: (layer, path.replace(f".{layer}.", ".", 1)) for path, (layer, _) in found.items()
+        names = {
+            path: (layer, path.replace(f".{layer}.", ".", 1)) for path, (layer, _) in names.items()
         }
-    short = {name: name.rpartition(".")[2] for _, name in found.values()}
+    short = {name: name.rpartition(".")[2] for _, name in names.values()}
     if len(set(short.values())) < len(short):
-        return found
-    return {path: (layer, short[name]) for path, (layer, name) in found.items()}
+        return names
+    return {path: (layer, short[name]) for path, (layer, name) in names.items()}
 
 
-def _layers(places: Mapping[str, tuple[str, str]]) -> list[str]:
+def _layers(names: Mapping[str, tuple[str, str]]) -> list[str]:
     """Returns the layers in order; those without a number come last."""
-    names = dict.fromkeys(layer for layer, _ in places.values())
-    return sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
+    layers = dict.fromkeys(layer for layer, _ in names.values())
+    return sorted(layers, key=lambda one: (not one.isdigit(), int(one) if one.isdigit() else 0))

@@ -45,8 +45,8 @@ class Correlation(NamedTuple):
 def correlation(points: Sequence[Point]) -> Correlation:
     """Returns how the change of magnitude goes with the change of direction.
 
-    >>> found = correlation([Point("a", "0", "q", 1, 0.1, 0.2), Point("a", "1", "q", 1, 0.3, 0.6)])
-    >>> print(f"{found.r:.2f} {found.slope:.2f}")
+    >>> line = correlation([Point("a", "0", "q", 1, 0.1, 0.2), Point("a", "1", "q", 1, 0.3, 0.6)])
+    >>> print(f"{line.r:.2f} {line.slope:.2f}")
     1.00 0.50
     """
     x, y = [point.direction for point in points], [point.magnitude for point in points]
@@ -63,14 +63,14 @@ def magnitude_direction(points: Sequence[Point]) -> Figure:
         arms.setdefault(point.arm, []).append(point)
     lines = {arm: correlation(group) for arm, group in arms.items()}
     steps = sorted({point.step for point in points})
-    said = "; ".join(f"**{arm}** {_signed(line.r)}" for arm, line in lines.items())
+    correlations = "; ".join(f"**{arm}** {_signed(line.r)}" for arm, line in lines.items())
     caption = (
         f"Each point is a module at one of the steps {', '.join(map(str, steps))}. ΔD, the change "
         "of its direction, goes to the right; ΔM, the change of its magnitude, goes up. Each panel "
         "has its own scales. The shape shows the step, the colour the layer, and the line is the "
-        f"least-squares fit. Correlation of ΔM and ΔD: {said}. DoRA's paper found, for the query "
-        "weights of a larger model, −0.62 with full fine-tuning, +0.83 with LoRA and −0.31 with "
-        "DoRA."
+        f"least-squares fit. Correlation of ΔM and ΔD: {correlations}. DoRA's paper found, for the "
+        "query weights of a larger model, −0.62 with full fine-tuning, +0.83 with LoRA and −0.31 "
+        "with DoRA."
     )
     charts = {
         f"{arm}: r = {_signed(lines[arm].r)}": _scatter(group, lines[arm], steps)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import altair as alt
 
-from lorakin.report.heatmaps import places_of
+from lorakin.report.heatmaps import distinct_names
 from lorakin.report.page import Column, Figure, Table
 from lorakin.report.vega import BARE, ROW_HEIGHT, colour, data, tooltip
 
@@ -22,9 +22,9 @@ def ranks_over_time(history: History) -> list[Figure]:
 
     A picture of means is left out if there is only one module or one layer.
     """
-    places = places_of(history[-1][1])
-    by_module = {path: module for path, (_, module) in places.items()}
-    by_layer = {path: layer for path, (layer, _) in places.items()}
+    names = distinct_names(history[-1][1])
+    by_module = {path: module for path, (_, module) in names.items()}
+    by_layer = {path: layer for path, (layer, _) in names.items()}
     means = [
         _mean_ranks(what, history, group)
         for what, group in (("module", by_module), ("layer", by_layer))
@@ -76,7 +76,7 @@ def _means(ranks: Mapping[str, int], group: Mapping[str, str]) -> dict[str, floa
     members: dict[str, list[int]] = {}
     for path, name in group.items():
         members.setdefault(name, []).append(ranks[path])
-    return {name: statistics.fmean(found) for name, found in members.items()}
+    return {name: statistics.fmean(group_ranks) for name, group_ranks in members.items()}
 
 
 def _bands(what: str, means: Sequence[tuple[int, Mapping[str, float]]]) -> alt.Chart:

@@ -103,7 +103,7 @@ def _check(config: Any) -> None:
     """
     kind = config.model_type
     if not ARCHITECTURES[kind].whole:
-        writable = ", ".join(name for name, known in ARCHITECTURES.items() if known.whole)
+        writable = ", ".join(name for name in ARCHITECTURES if ARCHITECTURES[name].whole)
         raise ModelError(
             f"lorakin writes only adapters of a {kind} model as GGUF; it writes whole models of "
             f"{writable}. {ELSEWHERE}"

@@ -35,7 +35,7 @@ _SPACE = "▁"
 _BYTE = re.compile("<0x.{2}>", re.DOTALL)
 
 Steps = tuple[tuple[Any, ...], ...]
-KNOWN: dict[tuple[Steps, bool], str] = {
+PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
     ((_WORDS,), False): "gpt-2",
     ((("Digits", True), _WORDS), False): "smollm",
     ((("Split", _LETTERS + r"\p{N}" + _REST), _BYTES), False): "qwen2",
@@ -211,14 +211,14 @@ def _pre(parts: dict[str, Any], where: str) -> str:
             "byte-level BPE"
         )
     steps, unmerged = _steps(parts["pre_tokenizer"]), bool(parts["model"].get("ignore_merges"))
-    if (steps, unmerged) not in KNOWN:
+    if (steps, unmerged) not in PRE_TOKENIZERS:
         raise ModelError(
             f"{where} splits text in a way for which lorakin knows no name of llama.cpp's "
             f"(ignore_merges: {unmerged}): "
             f"{json.dumps(parts['pre_tokenizer'], ensure_ascii=False)}. It knows "
-            f"{', '.join(KNOWN.values())}. Use llama.cpp's convert_hf_to_gguf.py"
+            f"{', '.join(PRE_TOKENIZERS.values())}. Use llama.cpp's convert_hf_to_gguf.py"
         )
-    return KNOWN[steps, unmerged]
+    return PRE_TOKENIZERS[steps, unmerged]
 
 
 def _space_prefix(parts: dict[str, Any], where: str) -> bool:
@@ -227,16 +227,16 @@ def _space_prefix(parts: dict[str, Any], where: str) -> bool:
     Raises:
         ModelError: it prepares text in another way than by writing spaces as ▁.
     """
-    normalizer, cutter = parts["normalizer"], parts["pre_tokenizer"]
+    normalizer, pre_tokenizer = parts["normalizer"], parts["pre_tokenizer"]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     prepend = {"type": "Prepend", "prepend": _SPACE}
-    if cutter is None and steps in ([replace], [prepend, replace]):
+    if pre_tokenizer is None and steps in ([replace], [prepend, replace]):
         return len(steps) == 2
-    is_metaspace = not steps and cutter and cutter["type"] == "Metaspace"
-    if is_metaspace and cutter["replacement"] == _SPACE and not cutter["split"]:
-        return bool(cutter["prepend_scheme"] != "never")
-    prepares = json.dumps([normalizer, cutter], ensure_ascii=False)
+    is_metaspace = not steps and pre_tokenizer and pre_tokenizer["type"] == "Metaspace"
+    if is_metaspace and pre_tokenizer["replacement"] == _SPACE and not pre_tokenizer["split"]:
+        return bool(pre_tokenizer["prepend_scheme"] != "never")
+    prepares = json.dumps([normalizer, pre_tokenizer], ensure_ascii=False)
     raise ModelError(f"{where} prepares text as llama.cpp does not for SentencePiece: {prepares}")
 
 

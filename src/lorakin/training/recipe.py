@@ -27,6 +27,10 @@ DATA_HELP = (
     "A .jsonl, .json, .csv, .tsv, .txt or .parquet file, perhaps .gz; "
     "or a hub data set, as org/set:split."
 )
+DTYPE_HELP = (
+    "Dtype of the base: float32, bfloat16, float16, base (that of its files), or auto (the fastest "
+    "here; float32 for a classifier)."
+)
 EARLIER_WORDS = ("answer",)
 """What recipes of lorakin 0.1 say as `loss_on` for "answers"."""
 
@@ -94,7 +98,7 @@ class Recipe:
     ] = None
     alpha: Annotated[
         float | None,
-        Option("The scale is alpha/rank.", default="the method's own, 32 for lora"),
+        Option("alpha; the pair is scaled by alpha/rank.", default="the method's own, 32 for lora"),
     ] = None
     dropout: Annotated[float | None, Option("Dropout of the adapter's input.", default="0")] = None
     rslora: Annotated[
@@ -110,14 +114,16 @@ class Recipe:
     targets: Annotated[
         list[str],
         Option(
-            "Modules to adapt: names, globs, regular expressions. none trains no layers, only "
-            "heads and tokens."
+            "Modules to adapt: names, globs or regular expressions. none adapts no layers, so "
+            "that only heads and tokens train."
         ),
     ] = dataclasses.field(default_factory=lambda: ["all-linear"])
     exclude: Annotated[list[str], Option("Modules to leave out.")] = dataclasses.field(
         default_factory=list
     )
-    layers: Annotated[str | None, Option("Only in these layers, such as 0-3,8,-1.")] = None
+    layers: Annotated[
+        str | None, Option("Adapt only modules in these layers, such as 0-3,8,-1.")
+    ] = None
     rank_pattern: Annotated[
         dict[str, AtLeastOne],
         Option("Another rank for some modules, as in PEFT: down_proj=32.", ("--rank-pattern",)),
@@ -132,8 +138,8 @@ class Recipe:
     rank_above: Annotated[
         Literal["refuse", "clamp"],
         Option(
-            "What to do with a rank above a weight's smaller side: refuse it, or clamp it for such "
-            "modules."
+            "What to do with a rank that is larger than a weight allows (its smaller side): refuse "
+            "it, or clamp it to that."
         ),
     ] = "refuse"
     trainable_tokens: Annotated[
@@ -153,8 +159,10 @@ class Recipe:
     format: Annotated[
         Layout | None, Option(f"Format of the rows: {', '.join(NAMES)}.", default="detected")
     ] = None
-    eval_data: Annotated[str | None, Option("Held-out rows.", default="split off the data")] = None
-    holdout: Annotated[Holdout, Option("Share to hold out, at most 256 rows.")] = 0.1
+    eval_data: Annotated[
+        str | None, Option("Held-out rows, as for --data.", default="split off the data")
+    ] = None
+    holdout: Annotated[Holdout, Option("Share of the rows to hold out, at most 256 rows.")] = 0.1
     lr: Annotated[
         Positive | None,
         Option(
@@ -175,7 +183,7 @@ class Recipe:
     ] = 1.0
     steps: Annotated[AtLeastOne | None, Option("Optimizer steps.", default="one epoch")] = None
     epochs: Annotated[Epochs | None, Option("Passes over the data.")] = None
-    batch_size: Annotated[AtLeastOne, Option("Rows at a time.")] = 8
+    batch_size: Annotated[AtLeastOne, Option("Rows per batch.")] = 8
     accumulate: Annotated[AtLeastOne, Option("Batches per optimizer step.")] = 1
     max_length: Annotated[AtLeastOne, Option("Tokens per row; longer rows are cut.")] = 1024
     loss_on: Annotated[
@@ -191,11 +199,13 @@ class Recipe:
         Option("A variable of the chat template: enable_thinking=false.", ("--template-arg",)),
     ] = dataclasses.field(default_factory=dict)
     date: Day | None = None
-    gradient_checkpointing: Annotated[bool, Option("Less memory, more time.")] = False
+    gradient_checkpointing: Annotated[
+        bool, Option("Recompute activations in backward: less memory, more time.")
+    ] = False
     fuse: Annotated[
         bool, Option("Compute norms, activations and loss in less memory (Llama-like models).")
     ] = False
-    dtype: Annotated[str, Option("float32, bfloat16, float16, auto.")] = "auto"
+    dtype: Annotated[str, Option(DTYPE_HELP)] = "auto"
     quantize: Annotated[
         str | None,
         Option(

@@ -19,7 +19,7 @@ import transformers
 import lorakin as lk
 from conftest import interruptible
 from lorakin.cli.app import run
-from lorakin.cli.recipe_options import parts
+from lorakin.cli.recipe_options import split_names
 
 COMMANDS = ["train", "generate", "evaluate", "merge", "inspect", "demo"]
 
@@ -474,8 +474,8 @@ def test_ctrl_c_in_training_ends_with_130_and_resumes(
 
 
 def test_target_lists_on_the_command_line() -> None:
-    assert parts(["q_proj,v_proj"]) == ["q_proj", "v_proj"]
-    assert parts([r".*\.[a-z]{1,2}_proj"]) == [r".*\.[a-z]{1,2}_proj"]
+    assert split_names(["q_proj,v_proj"]) == ["q_proj", "v_proj"]
+    assert split_names([r".*\.[a-z]{1,2}_proj"]) == [r".*\.[a-z]{1,2}_proj"]
 
 
 def test_the_core_alone_says_what_is_missing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 import lorakin as lk
 from conftest import ConvNet, tiny_gpt2, tiny_llama
 from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear, randomised, saved_bytes
-from lorakin.family import pair
+from lorakin.family import weight as frozen_weight
 from lorakin.family.dora import row_norms
 from references import dora as reference
 
@@ -109,7 +109,7 @@ def test_the_norm_never_forms_the_whole_weight(monkeypatch: pytest.MonkeyPatch) 
     """Blocks of rows give what one block gives."""
     weight, up, down = torch.randn(50, 20), torch.randn(50, 3), torch.randn(3, 20)
     whole = row_norms(weight, up, down)
-    monkeypatch.setattr(pair, "BLOCK", 60)
+    monkeypatch.setattr(frozen_weight, "BLOCK", 60)
     torch.testing.assert_close(row_norms(weight, up, down), whole, rtol=1e-6, atol=0)
 
 

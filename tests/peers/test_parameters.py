@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import lorakin as lk
 from conftest import randomise, tiny_gpt2, tiny_llama, tiny_mixtral
 from inject.test_parameters import Attention, Own, encoder
+from lorakin.family import Member
 from lorakin.storage.summary import summarise
 
 peft = pytest.importorskip("peft")
@@ -114,7 +115,7 @@ def test_pefts_target_parameters(case: str, tmp_path: Path) -> None:
     [lk.LoRA(rank=2, alpha=3), lk.LoRA(rank=3, rslora=True), lk.LoRAFA(rank=2), lk.VeRA(rank=3)],
 )
 @pytest.mark.parametrize("case", ["own", "attention", "encoder"])
-def test_peft_loads_our_files(case: str, member: lk.Member, tmp_path: Path) -> None:
+def test_peft_loads_our_files(case: str, member: Member, tmp_path: Path) -> None:
     make, targets = {
         "own": (Net, ["own.wide", "stack", "inner"]),
         "attention": (Attention, ["attn.in_proj_weight"]),

@@ -16,7 +16,7 @@ import lorakin as lk
 from conftest import randomise
 from inject.test_ties import BERT, PAIRS, T5
 from lorakin.cli.app import run
-from lorakin.inject.folding import folded
+from lorakin.inject.folding import weight_with_pairs
 from lorakin.serving.export import export
 from lorakin.serving.inputs import inputs_of, random_inputs
 from lorakin.serving.job import ExportRequest
@@ -152,10 +152,14 @@ def test_a_fault_in_what_was_written_is_found(
     randomise(lk.adapt(model, lk.LoRA(rank=2), **where), scale=0.3).save(tmp_path / "adapter")
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
-        return torch.nn.Parameter(folded(*args, **kwargs).detach() * 1.5, requires_grad=False)
+        return torch.nn.Parameter(
+            weight_with_pairs(*args, **kwargs).detach() * 1.5, requires_grad=False
+        )
 
-    monkeypatch.setattr("lorakin.serving.merged.folded", lambda *args: wrong(*args).detach())
-    monkeypatch.setattr("lorakin.inject.folding.folded", wrong)
+    monkeypatch.setattr(
+        "lorakin.serving.merged.weight_with_pairs", lambda *args: wrong(*args).detach()
+    )
+    monkeypatch.setattr("lorakin.inject.folding.weight_with_pairs", wrong)
     with pytest.raises(lk.VerificationError):
         export(
             ExportRequest(

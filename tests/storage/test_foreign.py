@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import tiny_gpt2, tiny_llama
-from lorakin.storage.foreign.foreign_file import Foreign
+from lorakin.storage.foreign.foreign_file import ForeignAdapter
 from lorakin.storage.foreign.read import read_foreign
 
 CONFIG = "adapter_config.json"
@@ -62,8 +62,8 @@ def branched(model: nn.Module, branches: Mapping[str, Branch]) -> nn.Module:
     return model
 
 
-def folded(model: nn.Module, found: Foreign) -> nn.Module:
-    """The model in float64 with what was read in its weights, by the contract of `Foreign`."""
+def folded(model: nn.Module, found: ForeignAdapter) -> nn.Module:
+    """The model in float64 with what was read in its weights, by the contract of `ForeignAdapter`."""
     model = copy.deepcopy(model).double()
     for path, slots in found.slots.items():
         module: Any = model.get_submodule(path)
@@ -79,7 +79,7 @@ def folded(model: nn.Module, found: Foreign) -> nn.Module:
     return model
 
 
-def agree(model: nn.Module, found: Foreign, theirs: nn.Module, x: Tensor) -> None:
+def agree(model: nn.Module, found: ForeignAdapter, theirs: nn.Module, x: Tensor) -> None:
     """Folded in, what was read gives the logits of `theirs`, and other ones than the base."""
     with torch.no_grad():
         ours, expected, base = (

@@ -104,7 +104,7 @@ def test_where_nothing_can_be_written_there_is_a_sentence(
     def read_only(*_: Any) -> Any:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(locks, "hold", read_only)
+    monkeypatch.setattr(locks, "acquire", read_only)
     with pytest.raises(lk.OutputError):
         run_directory.enter(recipe, Path(recipe.out), resume=False)
     assert not Path(recipe.out).parent.exists()

@@ -136,7 +136,7 @@ def test_the_suggested_ranks_are_what_the_change_needs(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.v_proj\nmodel.layers.1.self_attn.v_proj" in text
     now = 2 * 8 * ((32 + 32) + 2 * (16 + 32))
     then = 2 * (1 * (32 + 32) + 2 * (16 + 32))
-    assert f"have {then:,} numbers, {then / now:.0%} of the {now:,}" in text
+    assert f"have {then:,} parameters, {then / now:.0%} of the {now:,}" in text
 
 
 @pytest.mark.filterwarnings(

@@ -336,7 +336,7 @@ def test_whatever_is_asked_of_deferred_logits_they_answer(use: Any) -> None:
     got, want = use(logits), use(real)
     assert got.shape == want.shape
     assert got.dtype == want.dtype
-    torch.testing.assert_close(got.made() if isinstance(got, LazyLogits) else got, want)
+    torch.testing.assert_close(got.computed() if isinstance(got, LazyLogits) else got, want)
 
 
 @pytest.mark.parametrize(

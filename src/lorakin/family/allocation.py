@@ -47,8 +47,8 @@ class RankSchedule:
         if n >= self.end:
             return final
         # In whole numbers, so that nothing is rounded.
-        remaining, whole = (self.end - n) ** 3, (self.end - self.start) ** 3
-        return final + (ranks - final) * remaining // whole
+        remaining, duration = self.end - n, self.end - self.start
+        return final + (ranks - final) * remaining**3 // duration**3
 
 
 class Matrix:
@@ -176,7 +176,8 @@ class Allocation(Rule):
         sensitivity = [self.sensitivity[key] for key in trained]
         uncertainty = [self.uncertainty[key] for key in trained]
         torch._foreach_lerp_(sensitivity, sizes, 1 - self.schedule.beta1)
-        deviations = sizes  # in the same memory
+        # The deviations take the memory of the sizes.
+        deviations = sizes
         torch._foreach_sub_(deviations, sensitivity)
         torch._foreach_abs_(deviations)
         torch._foreach_lerp_(uncertainty, deviations, 1 - self.schedule.beta2)
@@ -232,7 +233,8 @@ class Allocation(Rule):
             tensors = matrix.module.tensors()
             for slot, axis in matrix.axes.items() if matrix.factor_axes else ():
                 shrink_in_place(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
-        self.sensitivity, self.uncertainty = {}, {}  # no step after this one scores
+        # No later step scores.
+        self.sensitivity, self.uncertainty = {}, {}
 
     def state(self) -> dict[str, Any]:
         kept = zip(self.matrices, self.kept or (), strict=False)
@@ -248,7 +250,8 @@ class Allocation(Rule):
         self.total_ranks, self.freed = int(state["all"]), bool(state["freed"])
         self.final_ranks = min(self.total_ranks, len(self.matrices) * self.schedule.target_rank)
         devices = {m.module.path: m.module.tensors()[m.switch].device for m in self.matrices}
-        for name in ("sensitivity", "uncertainty"):  # by "path.slot"
+        for name in ("sensitivity", "uncertainty"):
+            # The keys are "path.slot".
             moved = {
                 key: tensor.to(devices[key.rpartition(".")[0]], copy=True)
                 for key, tensor in state[name].items()
@@ -296,10 +299,10 @@ def shrink_in_place(
     The parameter stays the same object. If its optimizer state has another shape than the
     parameter, the state is dropped, and the optimizer starts it again.
     """
-    old, kept = parameter.shape, kept.to(parameter.device)
+    kept = kept.to(parameter.device)
     state = optimizer.state.get(parameter, {})
     for key, value in list(state.items()):
-        if isinstance(value, Tensor) and value.shape == old:
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
             state[key] = value.index_select(axis, kept)
         elif isinstance(value, Tensor) and value.numel() > 1:
             state.clear()
@@ -311,6 +314,6 @@ def shrink_in_place(
     parameter.requires_grad_(parameter.requires_grad and bool(smaller.numel()))
 
     # Autograd remembers the gradient's shape until the dtype changes.
-    other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
-    parameter.data = parameter.data.to(other)
+    other_dtype = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+    parameter.data = parameter.data.to(other_dtype)
     parameter.data = smaller

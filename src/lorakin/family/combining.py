@@ -165,14 +165,9 @@ class Combination:
         self, matrices: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator
     ) -> Tensor:
         """Returns the combination of matrices of one shape."""
-        one = matrices[0]
-        return self.of_rows(
-            [matrix.__getitem__ for matrix in matrices],
-            weights,
-            (one.shape[0], one.shape[1]),
-            one,
-            generator,
-        )
+        readers = [matrix.__getitem__ for matrix in matrices]
+        outputs, inputs = matrices[0].shape
+        return self.of_rows(readers, weights, (outputs, inputs), matrices[0], generator)
 
     def of_rows(
         self,
@@ -225,18 +220,18 @@ class Combination:
         """
         assert self.density is not None
         if KINDS[self.how].drops == "chance":
-            drawn = [
+            masks = [
                 torch.bernoulli(
                     torch.full((s.stop - s.start, shape[1]), self.density, dtype=like.dtype),
                     generator=generator,
                 )
                 for s in spans
             ]
-            return torch.cat(drawn).bool().to(like.device)
+            return torch.cat(masks).bool().to(like.device)
         sizes = torch.cat([part(span).abs() for span in spans])
-        kept = max(1, int(self.density * sizes.numel()))
-        least: Tensor = sizes.flatten().kthvalue(sizes.numel() - kept + 1).values
-        return sizes >= least
+        kept_count = max(1, int(self.density * sizes.numel()))
+        smallest_kept: Tensor = sizes.flatten().kthvalue(sizes.numel() - kept_count + 1).values
+        return sizes >= smallest_kept
 
 
 def _product(pair: Pair) -> RowReader:

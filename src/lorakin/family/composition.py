@@ -8,6 +8,7 @@ no member: if no member brings a pair, the registry's first parametrisation is u
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,10 +38,9 @@ def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
             contradict each other.
     """
     members = ordered(_listed(given))
-    for n, one in enumerate(members):
-        for other in members[n + 1 :]:
-            if reason := refusal_of_both(one, other):
-                raise SettingError(reason)
+    for first, second in itertools.combinations(members, 2):
+        if reason := refusal_of_both(first, second):
+            raise SettingError(reason)
     modifiers = [member for member in members if isinstance(member, Modifier)]
     pairs = [member for member in members if isinstance(member, Parametrisation)]
     if len(pairs) > 1:
@@ -55,8 +55,9 @@ def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
     pair = _pair(given_pair, pair_class, modifiers)
     with_gain = [m.word for m in dict.fromkeys((pair, *members)) if overrides(m, "gain")]
     if len(with_gain) > 1:
-        first, second = with_gain[:2]
-        raise SettingError(f"{first} and {second} do not combine: both set a gain for each output")
+        raise SettingError(
+            f"{with_gain[0]} and {with_gain[1]} do not combine: both set a gain for each output"
+        )
     return members, pair
 
 
@@ -68,12 +69,12 @@ def _listed(given: Any) -> list[Member]:
     """
     several = isinstance(given, Iterable) and not isinstance(given, str | type)
     members: list[Any] = list(given) if several else [given]
-    for one in members:
-        if not isinstance(one, Member):
+    for member in members:
+        if not isinstance(member, Member):
             raise SettingError(
-                f"expected a member with its settings, such as lk.LoRA(rank=16), not {one!r}"
+                f"expected a member with its settings, such as lk.LoRA(rank=16), not {member!r}"
             )
-        _check_class(type(one))
+        _check_class(type(member))
     require(bool(members), "a method needs at least one member, such as lk.LoRA(rank=16)")
     return members
 
@@ -90,11 +91,11 @@ def _check_class(member: type[Member]) -> None:
         f"{member.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it",
     )
     for axis in member.decides:
-        near = difflib.get_close_matches(axis, AXES, n=1, cutoff=0.8)
+        similar = difflib.get_close_matches(axis, AXES, n=1, cutoff=0.8)
         require(
-            axis in AXES or not near,
-            f"{member.__name__} decides {axis!r}; did you mean {''.join(near)!r}? An axis of its "
-            "own needs a name that is less similar",
+            axis in AXES or not similar,
+            f"{member.__name__} decides {axis!r}; did you mean {''.join(similar)!r}? An axis of "
+            "its own needs a name that is less similar",
         )
 
 
@@ -110,23 +111,23 @@ def ordered(members: Iterable[Member]) -> tuple[Member, ...]:
     )
 
 
-def refusal_of_both(one: Member, other: Member) -> str | None:
+def refusal_of_both(first: Member, second: Member) -> str | None:
     """Returns why the declarations of two members do not combine; None if they do."""
-    if one.word == other.word:
-        return f"{one.word} is given twice; give it once, with all its settings"
-    axis = next((axis for axis in one.decides if axis in other.decides), None)
+    if first.word == second.word:
+        return f"{first.word} is given twice; give it once, with all its settings"
+    axis = next((axis for axis in first.decides if axis in second.decides), None)
     if axis is None:
         return None
     return (
-        f"{one.word} and {other.word} do not combine: both decide {AXES.get(axis, axis)} "
-        f"({one.word}: {one.decides[axis]}; {other.word}: {other.decides[axis]})"
+        f"{first.word} and {second.word} do not combine: both decide {AXES.get(axis, axis)} "
+        f"({first.word}: {first.decides[axis]}; {second.word}: {second.decides[axis]})"
     )
 
 
 def needed_pair(modifiers: Sequence[Modifier]) -> type[Parametrisation]:
     """Returns the parametrisation that a modifier needs, else the usual one."""
-    needed = (member.default_pair() for member in modifiers)
-    return next((pair_class for pair_class in needed if pair_class is not None), default_pair())
+    pair_classes = (member.default_pair() for member in modifiers)
+    return next((cls for cls in pair_classes if cls is not None), default_pair())
 
 
 def _pair_settings(modifiers: Sequence[Modifier]) -> dict[str, Any]:

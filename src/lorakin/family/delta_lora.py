@@ -166,7 +166,8 @@ class DeltaLoRA(Modifier):
         up, down = _gradient_over(pair.up, factor), _gradient_over(pair.down, factor)
         if not tensors[K_UP].numel():
             return pair._replace(up=up, down=factor * down)
-        if K_DOWN not in tensors:  # down never trains, so one pair holds both terms
+        # If `down` never trains, one pair holds both terms.
+        if K_DOWN not in tensors:
             return pair._replace(up=factor * up - self.lam * tensors[K_UP])
         return pair._replace(
             up=torch.cat([up, tensors[K_UP]], 1),
@@ -217,7 +218,8 @@ class InPlace(Anchoring):
         self.last: dict[str, Tensor] = {}
         """P_{n−1} by path."""
         _check_movable([module.weight for module in modules])
-        self._take_over_anchors()  # that an earlier run may have left on the modules
+        # An earlier run may have left anchors on the modules.
+        self._take_over_anchors()
         if not member.start_step:
             self._begin()
 
@@ -225,7 +227,7 @@ class InPlace(Anchoring):
         """Makes the pair the anchor of every module that has none."""
         for module in self.modules:
             if module.path not in self.anchors:
-                self.anchors[module.path] = _anchor_of(module, whole=True)
+                self.anchors[module.path] = _anchor_of(module, with_frozen=True)
                 self.last[module.path] = _product_of(module)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
@@ -284,12 +286,16 @@ def _check_movable(weights: Sequence[Tensor | FrozenWeight]) -> None:
         )
 
 
-def _anchor_of(module: AdaptedModule, whole: bool = False) -> Tensors:
-    """Returns a copy of the module's pair; without `down` if that never trains, unless `whole`."""
-    with torch.enable_grad():  # so that `down` says whether it trains
+def _anchor_of(module: AdaptedModule, with_frozen: bool = False) -> Tensors:
+    """Returns a copy of the module's pair, without a `down` that never trains.
+
+    `with_frozen` includes that too.
+    """
+    # With gradients, `down` says whether it trains.
+    with torch.enable_grad():
         pair = _pair_of(module)
     anchor = {K_UP: pair.up.detach().clone()}
-    if whole or pair.down.requires_grad:
+    if with_frozen or pair.down.requires_grad:
         anchor[K_DOWN] = pair.down.detach().clone()
     return anchor
 

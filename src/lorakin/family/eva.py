@@ -225,8 +225,8 @@ class DirectionCollector:
         owner = self.owners.get(path)
         if owner is None:
             return True
-        needed = max(rank for other, rank in self.ranks.items() if self.owners.get(other) == owner)
-        return not bool(self.svds[owner].is_still[:needed].all())
+        ranks = [rank for other, rank in self.ranks.items() if self.owners.get(other) == owner]
+        return not bool(self.svds[owner].is_still[: max(ranks)].all())
 
     def add(self, path: str, measured: Tensor) -> None:
         """Takes in the inputs of one call; the first batch shows which modules share an input."""

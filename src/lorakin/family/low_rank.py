@@ -69,18 +69,18 @@ def nearest(
             "a change with a gain is not a low-rank pair; give the rank or error of the nearest one"
         )
     left, core = _left_and_core(pair, weight)
-    near, fit = _nearest(left, core, rank=rank, error=error, root=root)
+    nearest_pair, fit = _nearest(left, core, rank=rank, error=error, root=root)
     if pair.gain is not None:
         fit = dataclasses.replace(fit, gain=float((pair.gain - 1).abs().max()))
-    return Pair(near.up.to(pair.up.dtype), near.down.to(pair.down.dtype)), fit
+    return Pair(nearest_pair.up.to(pair.up.dtype), nearest_pair.down.to(pair.down.dtype)), fit
 
 
 def nearest_to(
     change: Tensor, *, rank: int | None = None, error: float | None = None
 ) -> tuple[Pair, Fit]:
     """Returns the nearest pair to a change that is a matrix (outputs, inputs), in its dtype."""
-    near, fit = _nearest(None, change.double(), rank=rank, error=error)
-    return Pair(near.up.to(change.dtype), near.down.to(change.dtype)), fit
+    nearest_pair, fit = _nearest(None, change.double(), rank=rank, error=error)
+    return Pair(nearest_pair.up.to(change.dtype), nearest_pair.down.to(change.dtype)), fit
 
 
 def _nearest(
@@ -94,29 +94,28 @@ def _nearest(
     """Returns the pair nearest to left·core, both float64; `left` is orthonormal or None for I."""
     weighted = core if root is None else core @ root.double()
     vectors, values = _left_singular(weighted)
-    kept = min(len(values) if rank is None else rank, _true_rank(values))
+    rank_kept = min(len(values) if rank is None else rank, _true_rank(values))
     if error is not None:
-        kept = min(kept, _rank_within(values, error))
+        rank_kept = min(rank_kept, _rank_within(values, error))
 
     # Both factors get the same size, which suits narrow dtypes.
-    vectors, values = vectors[:, :kept], values[:kept].sqrt()
+    vectors, values = vectors[:, :rank_kept], values[:rank_kept].sqrt()
     down = vectors.T @ core
-    near = Pair(_product(left, vectors * values), down / values.unsqueeze(1))
+    nearest_pair = Pair(_product(left, vectors * values), down / values.unsqueeze(1))
 
-    rest = core - vectors @ down
-    of_weights = _relative_norm(rest, core)
+    of_weights = _relative_norm(core - vectors @ down, core)
     of_outputs = (
         None
         if root is None
         else _relative_norm(weighted - vectors @ (vectors.T @ weighted), weighted)
     )
     fit = Fit(
-        rank=kept,
+        rank=rank_kept,
         error=of_weights,
         output_error=of_outputs,
         limited_error=of_weights if of_outputs is None else of_outputs,
     )
-    return near, fit
+    return nearest_pair, fit
 
 
 def padded(pair: Pair, rank: int) -> Pair:
@@ -164,7 +163,8 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     tall = matrix.shape[0] > matrix.shape[1]
     squares, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
     values, vectors = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
-    if tall:  # U = M·V / σ; by QR instead of division, since small σ are inexact
+    if tall:
+        # U = M·V / σ; by QR instead of division, since small σ are inexact.
         vectors, triangle = torch.linalg.qr(matrix @ vectors)
         vectors = vectors * triangle.diagonal().sign()
     return vectors, values
@@ -178,8 +178,8 @@ def _true_rank(values: Tensor) -> int:
 def _rank_within(values: Tensor, error: float) -> int:
     """Returns the smallest number of leading values that leaves at most this relative error."""
     squares = values.square()
-    rest = squares.sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-    return int((rest.clamp(min=0) > error**2 * squares.sum()).sum())
+    remaining = squares.sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+    return int((remaining.clamp(min=0) > error**2 * squares.sum()).sum())
 
 
 def _relative_norm(part: Tensor, whole: Tensor) -> float:

@@ -173,16 +173,16 @@ class Parametrisation(Member):
     def start_all(
         self,
         modules: Mapping[str, UnadaptedModule],
-        each: Mapping[str, Self],
+        pairs: Mapping[str, Self],
         generator: torch.Generator | None,
         device: torch.device,
     ) -> dict[str, Tensors]:
         """Returns all modules' initial tensors by path.
 
-        `each` is this member with the settings of each module.
+        `pairs` holds this member by path, with the settings of each module.
         """
         return {
-            path: each[path].start(module, generator, device) for path, module in modules.items()
+            path: pairs[path].start(module, generator, device) for path, module in modules.items()
         }
 
     def start_if_frozen(self, tensors: Tensors) -> Tensors:

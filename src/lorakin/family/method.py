@@ -231,8 +231,8 @@ class Method:
         They are float32, float64 on a float64 base, or `dtype` if that is given. `methods` holds
         each module's own method.
         """
-        each = {path: method.parametrisation for path, method in methods.items()}
-        initial = self.parametrisation.start_all(modules, each, generator, device)
+        pairs = {path: method.parametrisation for path, method in methods.items()}
+        initial = self.parametrisation.start_all(modules, pairs, generator, device)
         dtypes = {path: wide_dtype(modules[path].weight.dtype) for path in initial}
         initial = cast_keeping_shared(initial, dtypes)
         for member in self.modifiers:
@@ -299,8 +299,8 @@ class Method:
         if self._member_with_gain is None:
             return pair
         # A gain takes the pair's norm as a constant (DoRA, section 4.3), so `up` needs no gradient.
-        whole = pair if scale == 1 else pair._replace(up=scale * pair.up.detach())
-        return pair._replace(gain=self._member_with_gain.gain(whole, tensors, weight))
+        scaled = pair if scale == 1 else pair._replace(up=scale * pair.up.detach())
+        return pair._replace(gain=self._member_with_gain.gain(scaled, tensors, weight))
 
     @property
     def has_gain(self) -> bool:
@@ -322,10 +322,10 @@ class Method:
         return f"{self.words} on {self.parametrisation}"
 
 
-def refusal_of_members(one: type[Member], other: type[Member]) -> str | None:
+def refusal_of_members(first: type[Member], second: type[Member]) -> str | None:
     """Returns why two members with default settings do not combine; None if they do."""
     try:
-        Method.of([one(), other()])
+        Method.of([first(), second()])
     except SettingError as error:
         return str(error)
     return None

@@ -33,12 +33,12 @@ def method_named(words: str, settings: Mapping[str, Any]) -> Method:
             raise _no_such_setting(words, name)
     pair = next((member for member in classes if issubclass(member, Parametrisation)), None)
     # The pair's settings go only to the member that brings it.
-    taken = pair.setting_names() if pair is not None else frozenset[str]()
-    made = []
+    pair_names = pair.setting_names() if pair is not None else frozenset[str]()
+    chosen = []
     for member in classes:
-        names = member.setting_names() - (frozenset() if member is pair else taken)
-        made.append(member(**{name: settings[name] for name in settings if name in names}))
-    return Method.of(made)
+        names = member.setting_names() - (frozenset() if member is pair else pair_names)
+        chosen.append(member(**{name: settings[name] for name in settings if name in names}))
+    return Method.of(chosen)
 
 
 def members_in(words: str) -> list[type[Member]]:

@@ -72,7 +72,11 @@ class Rule:
         """Ends the run here, and leaves nothing outside the adapter's tensors."""
 
     def state(self) -> dict[str, Any]:
-        """Returns what a resumed run needs: numbers, strings, tensors and dicts of these."""
+        """Returns what a resumed run needs: numbers, strings, tensors, dicts and lists of these.
+
+        It is saved as JSON and tensors, so in what `restore` takes after loading, keys are strings
+        and tuples are lists.
+        """
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:

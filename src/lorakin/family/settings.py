@@ -27,8 +27,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     >>> did_you_mean("lorra", ["lora", "dora"])
     " (did you mean 'lora'?)"
     """
-    near = difflib.get_close_matches(word.lower(), list(words), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    similar = difflib.get_close_matches(word.lower(), list(words), n=1)
+    return f" (did you mean {similar[0]!r}?)" if similar else ""
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
@@ -111,7 +111,7 @@ def check_storable(word: str, settings: Mapping[str, object]) -> None:
         except (TypeError, ValueError):
             raise SettingError(
                 f"{word} has the setting {name} = {value!r}, which no file can hold; a setting is "
-                "a finite to_number, a string, True, False or None, or a tuple or dict of these"
+                "a finite number, a string, True, False or None, or a tuple or dict of these"
             ) from None
 
 

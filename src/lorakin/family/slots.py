@@ -50,11 +50,11 @@ class Slot:
         >>> Slot(("outputs", "rank")).sizes(4, Shape(outputs=10, inputs=20))
         (10, 4)
         """
-        named = {"rank": rank, "inputs": shape.inputs, "outputs": shape.outputs}
-        return tuple(size if isinstance(size, int) else named[size] for size in self.shape)
+        sizes = {"rank": rank, "inputs": shape.inputs, "outputs": shape.outputs}
+        return tuple(size if isinstance(size, int) else sizes[size] for size in self.shape)
 
-    def fits(self, shape: Sequence[int], rank: int | None, of: Shape) -> bool:
-        """Returns whether a tensor of this shape fits the slot on a weight `of` that shape.
+    def fits(self, shape: Sequence[int], rank: int | None, weight_shape: Shape) -> bool:
+        """Returns whether a tensor of this shape fits the slot on a weight of `weight_shape`.
 
         An empty tensor fits. A shared one may be larger. Without a `rank`, any rank fits.
 
@@ -63,11 +63,11 @@ class Slot:
         """
         if 0 in shape:
             return True
-        sizes = {"rank": rank, "inputs": of.inputs, "outputs": of.outputs}
+        sizes = {"rank": rank, "inputs": weight_shape.inputs, "outputs": weight_shape.outputs}
         declared = [size if isinstance(size, int) else sizes.get(size, -1) for size in self.shape]
         return len(shape) == len(declared) and all(
-            least is None or size == least or (self.shared and size >= least)
-            for size, least in zip(shape, declared, strict=True)
+            expected is None or size == expected or (self.shared and size >= expected)
+            for size, expected in zip(shape, declared, strict=True)
         )
 
     def rate_at(self, lr: float) -> float:

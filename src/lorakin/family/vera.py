@@ -97,7 +97,7 @@ class VeRA(Parametrisation):
     def start_all(
         self,
         modules: Mapping[str, UnadaptedModule],
-        each: Mapping[str, Self],
+        pairs: Mapping[str, Self],
         generator: torch.Generator | None,
         device: torch.device,
     ) -> dict[str, Tensors]:

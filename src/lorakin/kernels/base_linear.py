@@ -20,6 +20,6 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if bias is None or x.dim() < 3:
         return F.linear(x, weight, bias)
-    whole = x.new_empty(*x.shape[:-1], len(weight))
-    torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T, out=whole.view(-1, len(weight)))
-    return whole
+    output = x.new_empty(*x.shape[:-1], len(weight))
+    torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T, out=output.view(-1, len(weight)))
+    return output

@@ -43,7 +43,8 @@ class DropoutDraw(NamedTuple):
         """
         generator = torch.Generator(device).manual_seed(self.seed)
         mean = count * self.p
-        draws = int(mean + 8 * math.sqrt(mean) + 16)  # 8 deviations: enough to pass the end
+        # 8 standard deviations more than the mean are enough to pass the end.
+        draws = int(mean + 8 * math.sqrt(mean) + 16)
         uniform = torch.rand(draws, generator=generator, device=device)
         gaps = uniform.neg_().log1p_().div_(math.log1p(-self.p)).to(torch.int64)
         return gaps.add_(1).cumsum(0).sub_(1).clamp_(max=count)
@@ -52,10 +53,11 @@ class DropoutDraw(NamedTuple):
         """Returns a copy of `x` with zeros at the dropped positions; nothing is scaled."""
         if positions is None:
             positions = self.positions(x.numel(), x.device)
-        whole = x.new_empty(x.numel() + 1)  # the last entry takes the positions past the end
-        kept: Tensor = whole[:-1].view(x.shape).copy_(x)
-        whole.index_fill_(0, positions, 0)
-        return kept
+        # The last entry takes the positions past the end.
+        flat = x.new_empty(x.numel() + 1)
+        zeroed: Tensor = flat[:-1].view(x.shape).copy_(x)
+        flat.index_fill_(0, positions, 0)
+        return zeroed
 
     @staticmethod
     def input_gradient(
@@ -65,11 +67,11 @@ class DropoutDraw(NamedTuple):
 
         Shapes: delta (rows, outputs), weight (outputs, inputs), back (rows, k), down (k, inputs).
         """
-        whole = delta.new_empty(len(delta) * weight.shape[1] + 1)
-        product = torch.mm(delta, weight, out=whole[:-1].view(len(delta), weight.shape[1]))
-        at_dropped = whole[positions]
+        flat = delta.new_empty(len(delta) * weight.shape[1] + 1)
+        product = torch.mm(delta, weight, out=flat[:-1].view(len(delta), weight.shape[1]))
+        at_dropped = flat[positions]
         product.addmm_(back, down, alpha=scale)
-        whole[positions] = at_dropped
+        flat[positions] = at_dropped
         return product
 
 

@@ -80,13 +80,13 @@ class ScaledRows(torch.autograd.Function):
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain, which = ctx.saved_tensors
-        by_row = gain if which is None else gain[which]
-        each = grad.to(gain.dtype) * x
+        gain_of_row = gain if which is None else gain[which]
+        products = grad.to(gain.dtype) * x
         if which is None:
-            for_gain = each.sum_to_size(gain.shape)
+            for_gain = products.sum_to_size(gain.shape)
         else:
-            for_gain = torch.zeros_like(gain).index_add_(0, which, each)
-        return (grad * by_row).to(x.dtype), for_gain, None
+            for_gain = torch.zeros_like(gain).index_add_(0, which, products)
+        return (grad * gain_of_row).to(x.dtype), for_gain, None
 
 
 class ChangedWeight(UnformedWeight):
@@ -153,8 +153,7 @@ class ChangedWeight(UnformedWeight):
             if dropped is not x or change.gain_weight is not None:
                 weight = self.weight if change.gain_weight is None else change.gain_weight
                 without_pair = product(dropped, weight)
-            whole = without_pair + low
-            scaled = ScaledRows.apply(whole, gain, which)  # type: ignore[no-untyped-call]
+            scaled = ScaledRows.apply(without_pair + low, gain, which)  # type: ignore[no-untyped-call]
             out = scaled if out is without_pair else out + (scaled - without_pair)
         return out
 
@@ -164,7 +163,7 @@ class ChangedWeight(UnformedWeight):
     ) -> Tensor | None:
         first, second, third = (*args, None, None, None)[:3]
         if isinstance(first, ChangedWeight):
-            return _of_the_weight(name, func, first, args[1:])
+            return _from_the_weight(name, func, first, args[1:])
         if name == "embedding" and isinstance(second, ChangedWeight):
             return _rows_of(second, first, kwargs.get("padding_idx", third))
         if not isinstance(second, ChangedWeight) or first.dim() < 2:
@@ -225,12 +224,16 @@ class ReadableWeightFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
-        with torch.enable_grad():
-            whole = formed(weight.detach(), ctx.make(), ctx.by_columns)
-        found = iter(torch.autograd.grad(whole, wanted, grad, allow_unused=True) if wanted else ())
+        inputs = [tensor for tensor, needs_it in zip(tensors, needs, strict=True) if needs_it]
+        gradients: Sequence[Tensor | None] = ()
+        if inputs:
+            with torch.enable_grad():
+                changed = formed(weight.detach(), ctx.make(), ctx.by_columns)
+            gradients = torch.autograd.grad(changed, inputs, grad, allow_unused=True)
+        next_gradient = iter(gradients)
         for_weight = grad if ctx.needs_input_grad[0] else None
-        return for_weight, None, None, *(next(found) if needed else None for needed in needs)
+        for_tensors = (next(next_gradient) if needs_it else None for needs_it in needs)
+        return for_weight, None, None, *for_tensors
 
 
 def readable_weight(
@@ -245,11 +248,11 @@ def readable_weight(
     """
     if torch.compiler.is_compiling():
         return formed(weight, make(), by_columns)
-    whole: ReadableWeight
-    whole = ReadableWeightFunction.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
-    whole.weight, whole.by_columns = weight, by_columns
-    whole.make, whole.with_gradients = make, None
-    return whole
+    readable: ReadableWeight
+    readable = ReadableWeightFunction.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
+    readable.weight, readable.by_columns = weight, by_columns
+    readable.make, readable.with_gradients = make, None
+    return readable
 
 
 def formed(weight: Tensor, changes: Sequence[WeightChange], by_columns: bool) -> Tensor:
@@ -286,15 +289,16 @@ def _expert_of(x: Tensor, offsets: Tensor) -> Tensor:
     return torch.searchsorted(offsets, rows, right=True).clamp(max=len(offsets) - 1)
 
 
-def _of_the_weight(
+def _from_the_weight(
     name: str, func: MatrixProduct, weight: ChangedWeight, others: Sequence[Any]
 ) -> Tensor | None:
     """Computes a function whose first argument is the weight: an index, a transpose, or W·y."""
     second = others[0] if others else None
     if name == "__getitem__":
-        return weight.select_matrices(second) if weight.dim() == 3 and _picks(second) else None
+        is_selection = weight.dim() == 3 and _selects_matrices(second)
+        return weight.select_matrices(second) if is_selection else None
     if name in TRANSPOSITIONS:
-        return weight.transposed() if _last_two(name, weight, others) else None
+        return weight.transposed() if _exchanges_last_two(name, weight, others) else None
     if not isinstance(second, Tensor) or second.dim() < 2:
         return None
     if name in PRODUCTS and weight.by_columns:
@@ -318,14 +322,14 @@ def _rows_of(weight: ChangedWeight, rows: Tensor, padding: int | None) -> Tensor
     return out
 
 
-def _picks(index: object) -> bool:
+def _selects_matrices(index: object) -> bool:
     """Returns whether an index selects whole matrices of a stack: a number, or a vector of them."""
     if isinstance(index, Tensor):
         return index.dim() < 2 and not index.is_floating_point() and index.dtype is not torch.bool
     return isinstance(index, int) and not isinstance(index, bool)
 
 
-def _last_two(name: str, weight: Tensor, dims: Sequence[Any]) -> bool:
+def _exchanges_last_two(name: str, weight: Tensor, dims: Sequence[Any]) -> bool:
     """Returns whether a transposition exchanges the last two dimensions."""
     if name == "transpose":
         last = {weight.dim() - 2, weight.dim() - 1}

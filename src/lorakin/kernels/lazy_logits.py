@@ -41,14 +41,14 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = (hidden[part] @ weight.T).to(wide)
-            wanted = target[part].unsqueeze(1).masked_fill(left_out[part], 0)
-            of_target, largest = logits.gather(1, wanted), logits.amax(-1, keepdim=True)
+            classes = target[part].unsqueeze(1).masked_fill(left_out[part], 0)
+            of_target, largest = logits.gather(1, classes), logits.amax(-1, keepdim=True)
             shares = logits.sub_(largest).exp_()
-            whole = shares.sum(-1, keepdim=True)
-            total += (largest + whole.log() - of_target).masked_fill_(left_out[part], 0).sum()
+            total_share = shares.sum(-1, keepdim=True)
+            total += (largest + total_share.log() - of_target).masked_fill_(left_out[part], 0).sum()
             if gradient is not None:
                 # softmax − one-hot, times W
-                shares.div_(whole).scatter_add_(1, wanted, torch.full_like(whole, -1))
+                shares.div_(total_share).scatter_add_(1, classes, torch.full_like(total_share, -1))
                 shares.masked_fill_(left_out[part], 0)
                 torch.mm(shares.to(weight.dtype), weight, out=gradient[part])
 
@@ -102,7 +102,7 @@ class LazyLogits(Tensor):
         logits.hidden, logits.weight, logits.logits = hidden, weight, None
         return logits
 
-    def made(self) -> Tensor:
+    def computed(self) -> Tensor:
         """Computes the logits, once."""
         if self.logits is None:
             self.logits = F.linear(self.hidden, self.weight).to(self.dtype)
@@ -124,8 +124,9 @@ class LazyLogits(Tensor):
             lazy = STAY_LAZY[function](*args, **kwargs)
             if lazy is not None:
                 return lazy
-        result = function(*_made(args), **_made(kwargs))
-        if isinstance(first, LazyLogits) and result is first.logits:  # something wrote into them
+        result = function(*_computed(args), **_computed(kwargs))
+        # The function wrote into the logits and returned them.
+        if isinstance(first, LazyLogits) and result is first.logits:
             return first
         return result
 
@@ -137,7 +138,7 @@ class LazyLogits(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return function(*_made(args), **_made(kwargs or {}))
+        return function(*_computed(args), **_computed(kwargs or {}))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -150,14 +151,14 @@ def _attribute(function: Any) -> str | None:
     return getattr(getattr(function, "__self__", None), "__name__", None)
 
 
-def _made(value: Any) -> Any:
+def _computed(value: Any) -> Any:
     """Returns arguments with every `LazyLogits` in them computed."""
     if isinstance(value, LazyLogits):
-        return value.made()
+        return value.computed()
     if isinstance(value, dict):
-        return {key: _made(inner) for key, inner in value.items()}
+        return {key: _computed(inner) for key, inner in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_made(inner) for inner in value)
+        return type(value)(_computed(inner) for inner in value)
     return value
 
 
@@ -198,11 +199,12 @@ def _sliced(logits: LazyLogits, index: Any) -> LazyLogits | None:
     indices = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(part, slice) or part is Ellipsis for part in indices):
         return None
-    whole = slice(None)
+    everything = slice(None)
     if Ellipsis in indices:
-        at = indices.index(Ellipsis)
-        indices = indices[:at] + (whole,) * (logits.dim() - len(indices) + 1) + indices[at + 1 :]
-    if len(indices) == logits.dim() and indices[-1] != whole:
+        position = indices.index(Ellipsis)
+        missing = (everything,) * (logits.dim() - len(indices) + 1)
+        indices = (*indices[:position], *missing, *indices[position + 1 :])
+    if len(indices) == logits.dim() and indices[-1] != everything:
         return None
     return LazyLogits.of(logits.hidden[indices], logits.weight, logits.dtype)
 
@@ -221,10 +223,12 @@ def _cross_entropy(
         return None
     if reduction not in ("mean", "sum") or logits.dim() != 2:
         return None
+    # A softmax in a narrow dtype is wanted.
     if logits.dtype != torch.promote_types(logits.hidden.dtype, torch.float32):
-        return None  # the caller wants a softmax in a narrow dtype
+        return None
+    # The targets are probabilities, or something for which torch has an error.
     if target.dim() != 1 or target.dtype != torch.int64 or len(target) != len(logits.hidden):
-        return None  # probabilities as targets, or what torch has an error for
+        return None
     wrong = ((target < 0) | (target >= len(logits.weight))) & (target != ignore_index)
     if target.device.type == "cpu" and bool(wrong.any()):
         return None

@@ -92,9 +92,9 @@ class FrozenMatrixCache:
             return matrix.detach().to(like.device, like.dtype)
         if self.seen is None or not self.seen.is_still(matrix):
             self.narrow, self.seen = {}, Version.of(matrix)
-        kept = self.narrow.get(like.device)
-        if kept is not None and kept.dtype == like.dtype:
-            return kept
+        cached = self.narrow.get(like.device)
+        if cached is not None and cached.dtype == like.dtype:
+            return cached
 
         self.products.clear()
         narrow = matrix.detach().to(like.device, like.dtype)
@@ -111,8 +111,8 @@ class FrozenMatrixCache:
             return compute()
         if (latest := self.products.get(group)) is not None:
             last_x, version, result = latest
-            if last_x() is x and version.is_still(x) and isinstance(kept := result(), Tensor):
-                return kept
+            if last_x() is x and version.is_still(x) and isinstance(product := result(), Tensor):
+                return product
         product = compute()
         self.products[group] = weakref.ref(x), Version(x), weakref.ref(product)
         return product
@@ -167,8 +167,8 @@ class LinearWithChain(torch.autograd.Function):
         merged: bool,
     ) -> Tensor:
         ctx.merged = merged
-        kept = x if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(kept, u, weight, outer, up, inner, down)
+        x_for_weight = x if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(x_for_weight, u, weight, outer, up, inner, down)
         if merged:
             return base_linear(x, _merged(weight, outer, up, inner, down), bias)
 
@@ -196,8 +196,8 @@ class LinearWithChain(torch.autograd.Function):
 
         for_x = for_u = None
         if needs_x:
-            whole = _merged(weight, outer, up, inner, down) if ctx.merged else weight
-            for_x = (delta @ whole).view(*grad.shape[:-1], weight.shape[1])
+            effective = _merged(weight, outer, up, inner, down) if ctx.merged else weight
+            for_x = (delta @ effective).view(*grad.shape[:-1], weight.shape[1])
         if needs_u and not ctx.merged:
             for_u = ((delta @ _scaled(outer, up)) * inner.to(u.dtype)).view(u.shape)
         return for_x, for_u, for_weight, for_bias, for_outer, None, for_inner, None, None

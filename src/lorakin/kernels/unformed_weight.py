@@ -36,7 +36,7 @@ class UnformedWeight(Tensor):
     @classmethod
     def shaped_like(cls, weight: Tensor) -> Self:
         """Returns a tensor without storage, of the shape, strides, dtype and device of `weight`."""
-        made: Self = Tensor._make_wrapper_subclass(
+        tensor: Self = Tensor._make_wrapper_subclass(
             cls,
             weight.shape,
             weight.stride(),
@@ -44,7 +44,7 @@ class UnformedWeight(Tensor):
             device=weight.device,
             layout=weight.layout,
         )
-        return made
+        return tensor
 
     def formed(self) -> Tensor:
         """Computes the changed weight as a plain tensor."""

@@ -1,4 +1,4 @@
-"""Adapters under DeepSpeed's ZeRO, which keeps gradients, optimizer states and masters in pieces.
+"""Adapters under DeepSpeed's ZeRO, which shards gradients, optimizer states and master weights.
 
 Its optimizer steps over flat tensors, a piece on each process, which no member knows. So members
 act around that optimizer's step. Before it, every process gathers the whole gradients, lets the
@@ -82,7 +82,8 @@ def _step(
 
     gradients = [_whole_gradient(p) / scale for p in trained]
     if not all(map(all_finite, gradients)):
-        return step()  # it will be skipped
+        # ZeRO skips this step.
+        return step()
     gather(acting)
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
@@ -108,10 +109,10 @@ def _step(
     before = [parameter.clone() for parameter in trained]
     for adapter in adapters:
         adapter.run.after_step(optimizer.optimizer)
-    for parameter, old in zip(trained, before, strict=True):
-        if parameter.shape != old.shape:
+    for parameter, values_before in zip(trained, before, strict=True):
+        if parameter.shape != values_before.shape:
             freed.append((parameter, parameter.data))
-        elif not torch.equal(parameter, old):
+        elif not torch.equal(parameter, values_before):
             _put_master(parameter)
     _adopt(optimizer, acting)
     return result
@@ -119,15 +120,16 @@ def _step(
 
 def _adopt(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> None:
     """Registers tensors that a rule has made with ZeRO-3, which keeps them whole like others."""
-    every: list[Any] = [p for adapter in adapters for _, p in adapter.tensors.named_parameters()]
-    made = [p for p in every if not hasattr(p, "ds_id")]
-    if not made or len(made) == len(every):
+    parameters: list[Any] = [p for a in adapters for _, p in a.tensors.named_parameters()]
+    registered = [p for p in parameters if hasattr(p, "ds_id")]
+    new = [p for p in parameters if not hasattr(p, "ds_id")]
+    if not new or not registered:
         return
-    next(p for p in every if hasattr(p, "ds_id")).convert_to_zero_parameters(param_list=made)
-    for parameter in made:
+    registered[0].convert_to_zero_parameters(param_list=new)
+    for parameter in new:
         parameter.ds_persist = True
-    optimizer.persistent_parameters.extend(made)
-    made[0].all_gather(param_list=made)
+    optimizer.persistent_parameters.extend(new)
+    new[0].all_gather(param_list=new)
     coordinator = optimizer.parameter_offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         # It must record again in which order to fetch tensors.
@@ -174,12 +176,12 @@ def _put_master(parameter: Any) -> None:
         parameter.set_full_hp_param(parameter.detach().float())
 
 
-def _piece(whole: Tensor, size: int) -> Tensor:
+def _piece(tensor: Tensor, size: int) -> Tensor:
     """Returns this process's part of a tensor cut into parts of `size` values.
 
     The last part is filled up with zeros.
     """
-    rank, flat = torch.distributed.get_rank(), whole.flatten()
+    rank, flat = torch.distributed.get_rank(), tensor.flatten()
     flat = nn.functional.pad(
         flat, (0, max(0, size * torch.distributed.get_world_size() - flat.numel()))
     )

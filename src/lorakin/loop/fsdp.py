@@ -63,7 +63,7 @@ class GradientAverage:
             sizes = [*(p.numel() for p in parameters), len(parameters)]
             *means, has_grad = torch.split(flat / torch.distributed.get_world_size(), sizes)
             for parameter, mean, anywhere in zip(parameters, means, has_grad.tolist(), strict=True):
-                # also where this process did not use it
+                # Also where this process did not use the tensor.
                 if anywhere:
                     parameter.grad = mean.view_as(parameter).clone()
 

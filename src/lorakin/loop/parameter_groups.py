@@ -71,9 +71,9 @@ def regroup(
     adapter: InsertedAdapter, optimizer: torch.optim.Optimizer, lr: float, **options: Any
 ) -> None:
     """Moves the adapter's tensors into groups of its method, before the optimizer steps."""
-    ours = {id(p) for _, p in adapter.tensors.trained()}
+    of_adapter = {id(p) for _, p in adapter.tensors.trained()}
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ours]
+        group["params"] = [p for p in group["params"] if id(p) not in of_adapter]
     for group in parameter_groups(adapter, lr, **options):
         optimizer.add_param_group(group)
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
@@ -85,8 +85,8 @@ def check_attached(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -
     Raises:
         SettingError: it lacks one.
     """
-    held = group_of(optimizer)
-    missing = [name for name, p in adapter.tensors.trained() if id(p) not in held]
+    groups = group_of(optimizer)
+    missing = [name for name, p in adapter.tensors.trained() if id(p) not in groups]
     if missing:
         raise SettingError(
             f"the optimizer holds none of {len(missing)} trainable tensors of adapter "
@@ -95,12 +95,12 @@ def check_attached(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -
         )
 
 
-def check_base_not_trained(adapter: InsertedAdapter, held: Container[int]) -> None:
+def check_base_not_trained(adapter: InsertedAdapter, optimized: Container[int]) -> None:
     """Checks that an optimizer does not train the base under a frozen adapter.
 
     Args:
         adapter: the adapter.
-        held: the ids of the optimizer's tensors.
+        optimized: the ids of the optimizer's tensors.
 
     Raises:
         StateError: it does, and the adapter, which is in use, was loaded and trains nothing itself.
@@ -113,7 +113,7 @@ def check_base_not_trained(adapter: InsertedAdapter, held: Container[int]) -> No
         for path in adapter.placement.methods
     )
     for path, weight in weights:
-        if weight is not None and weight.requires_grad and id(weight) in held:
+        if weight is not None and weight.requires_grad and id(weight) in optimized:
             raise StateError(
                 f"the optimizer trains the base weight of {path}, but not adapter "
                 f"{adapter.name!r}, which was loaded frozen and changes that weight. To train the "
@@ -136,16 +136,17 @@ def check_groups(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> 
             have several.
     """
     method, groups = adapter.placement.method, group_of(optimizer)
-    related = len(_rate_factors(adapter)) > 1
-    acting = any(member.acts_at_steps for member in method.members)
-    if related or acting:
+    has_several_rates = len(_rate_factors(adapter)) > 1
+    acts_at_steps = any(member.acts_at_steps for member in method.members)
+    if has_several_rates or acts_at_steps:
         check_attached(adapter, optimizer)
-    if acting and isinstance(optimizer, torch.optim.LBFGS):
+    if acts_at_steps and isinstance(optimizer, torch.optim.LBFGS):
         raise SettingError(
             f"LBFGS evaluates the model several times within a step, which {method.words} cannot "
             "follow; use another"
         )
-    if related and "d0" in optimizer.defaults:  # Prodigy and D-Adaptation
+    # Prodigy and D-Adaptation have `d0`.
+    if has_several_rates and "d0" in optimizer.defaults:
         raise StateError(
             f"{type(optimizer).__name__} finds one learning rate for all groups, which would undo "
             f"{method.words}; use another optimizer, or leave that member out"
@@ -249,7 +250,7 @@ def _rate_factors(adapter: InsertedAdapter) -> dict[float, int]:
     factors: dict[float, int] = {}
     at_one, at_two = _trained_tensors(adapter, 1.0), _trained_tensors(adapter, 2.0)
     for tensor, same_tensor in zip(at_one, at_two, strict=True):
-        # a fixed `lr` does not double
+        # A fixed `lr` does not double.
         if same_tensor.rate == 2 * tensor.rate:
             factors.setdefault(tensor.rate, id(tensor.parameter))
     return factors
@@ -305,7 +306,7 @@ def _trained_tensors(
     for bias in adapter.tensors.biases().values():
         if bias.requires_grad:
             tensors.setdefault(id(bias), TrainedTensor(bias, lr, Slot((), decays=False)))
-    # what is left: rows of tokens
+    # What is left are token rows.
     for _, parameter in adapter.tensors.trained():
         tensors.setdefault(id(parameter), TrainedTensor(parameter, lr, Slot(())))
     return list(tensors.values())

@@ -193,8 +193,8 @@ def with_checksums(
     """Returns what `lorakin.json` says, with checksums of itself and of the files of tensors.
 
     Args:
-        lorakin_json: see `json_and_tensors_of`.
-        contents: name → content of the files of tensors beside it.
+        content: see `json_and_tensors_of`.
+        files: name → content of the files of tensors.
         config: what `adapter_config.json` says.
     """
     digests = {name: sha256(files[name]) for name in (TENSORS, LORAKIN_TENSORS) if name in files}

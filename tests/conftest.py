@@ -77,14 +77,14 @@ MEMBERS: dict[str, Callable[[], Any]] = {
 """All other members, for runs of six steps or more; LoRA-drop wants a probe."""
 
 
-def tiny_gpt2(**changes: Any) -> Any:
+def tiny_gpt2(layers: int = 2) -> Any:
     """A GPT-2, whose linear layers are Conv1D."""
     torch.manual_seed(0)
-    settings = {
-        "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-        "pad_token_id": 0,
-    }  # fmt: skip
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**settings, **changes})).eval()
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=layers, n_head=4, n_positions=64, pad_token_id=0
+        )
+    ).eval()
 
 
 def tiny_mixtral(kernel: str = "eager", dtype: torch.dtype = torch.float32) -> Any:

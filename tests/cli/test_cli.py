@@ -317,7 +317,7 @@ def test_combine(
     assert json.loads(capsys.readouterr().out)["largest_relative_error"] == 0
     assert run(["combine", f"{trained}=0", "-m", model_dir, "-o", str(tmp_path / "none")]) == 2
     assert run(["combine", f"{trained}=much", "-m", model_dir, "-o", out]) == 2
-    assert "'much' is no number" in capsys.readouterr().err
+    assert "much" in capsys.readouterr().err
 
 
 def test_convert(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,10 +68,10 @@ def batch(ids: Tensor) -> dict[str, Tensor]:
 
 
 def begin(
-    words: tuple[str, ...], ids: Tensor, importance: Any = None, **config: Any
+    words: tuple[str, ...], ids: Tensor, importance: Any = None, layers: int = 2
 ) -> tuple[Any, lk.Adapter, torch.optim.Optimizer]:
     """A tiny GPT-2 in float64 with the method in it; its layers are Conv1D."""
-    model = tiny_gpt2(**config).double()
+    model = tiny_gpt2(layers).double()
     method = Method.of(members(words))
     if method.needed_probe is not None and importance is not None:
         method = method.with_importance(importance)
@@ -187,7 +187,7 @@ def test_what_is_legal_works(words: tuple[str, ...], ids: Tensor, tmp_path: Path
 
 @pytest.mark.parametrize("words", [(word,) for word in WORDS] + TRIPLES, ids="×".join)
 def test_compiled_in_one_graph(words: tuple[str, ...], ids: Tensor) -> None:
-    model, _, optimizer = begin(words, ids, n_layer=1)
+    model, _, optimizer = begin(words, ids, layers=1)
     step(model, optimizer, ids)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -114,7 +114,7 @@ def test_the_examples_do_what_they_say(examples: Any, ids: Tensor) -> None:
 
     def tensors(member: Any) -> dict[str, Tensor]:
         _, adapter = trained(member, ids)
-        return adapter.tensors.branch(next(iter(adapter.placement.methods)))
+        return dict(adapter.tensors.branch(next(iter(adapter.placement.methods))).tensors())
 
     assert tensors(examples.Strength(rank=2))["c"] != 1
     clamped = tensors(examples.Clamped(rank=2, largest=0.01))

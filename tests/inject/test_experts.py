@@ -106,7 +106,7 @@ def test_the_gradients_are_those_of_the_formed_weights(
     ours = {name: p.grad.clone() for name, p in adapter.tensors.trained()}
     model.zero_grad()
     monkeypatch.setattr(
-        factored_weight.ChangedWeight, "answer", lambda *_: None
+        factored_weight.ChangedWeight, "compute_from_parts", lambda *_: None
     )  # every use forms the weight
     model(ids, labels=ids).loss.backward()
     assert ours.keys() == {name for name, p in adapter.named_parameters() if p.requires_grad}

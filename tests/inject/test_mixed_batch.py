@@ -257,7 +257,7 @@ def test_another_thread_is_kept_out() -> None:
         thread.start()
         thread.join()
     assert "another thread" in str(errors[0])
-    assert all(attached.rows is None for attached in attachments_in(model))
+    assert all(attached.mixed_batch is None for attached in attachments_in(model))
 
 
 class Gathering(nn.Module):

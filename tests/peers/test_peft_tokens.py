@@ -313,8 +313,8 @@ def edited(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -
         ({"trainable_token_indices": None}, torch.zeros(2, 32), "does not name"),
         ({"trainable_token_indices": {"other": [5, 6]}}, torch.zeros(2, 32), "does not name"),
         ({}, torch.zeros(2, 31), "shape"),
-        ({}, torch.full((2, 32), float("nan")), "no finite"),
-        ({}, torch.zeros(2, 32, dtype=torch.int32), "no finite"),
+        ({}, torch.full((2, 32), float("nan")), "finite"),
+        ({}, torch.zeros(2, 32, dtype=torch.int32), "finite"),
         ({}, None, "the file has no rows"),
     ],
 )

@@ -128,8 +128,8 @@ def test_an_adapter_is_read_whole_while_it_is_saved(saves: list[Path], tmp_path:
     ):
         for _ in range(reads):
             files = directory.read(tmp_path / "adapter")
-            assert files.own is not None
-            words.add(",".join(entry.member for entry in files.own.members))
+            assert files.lorakin_part is not None
+            words.add(",".join(entry.member for entry in files.lorakin_part.members))
     assert words == {"lora", "dora", "vera,dora"}
     soak.record(
         "Readers beside writers",

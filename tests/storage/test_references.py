@@ -102,7 +102,7 @@ def test_no_tensor_is_stored_twice(
     adapter = trained(words, alpha)
     adapter.save(tmp_path)
     assert not twice(tmp_path)
-    own = directory.read(tmp_path).own
+    own = directory.read(tmp_path).lorakin_part
     assert own is not None
     for path, slots in (own.tensors or {}).items():
         wanted = adapter.tensors.saved_tensors(path)
@@ -231,7 +231,7 @@ def test_what_is_no_reference(change: dict[str, Any]) -> None:
 def test_files_of_format_1_are_read(tmp_path: Path, edit_own: Callable[..., None]) -> None:
     adapter = trained(("delta-lora",))
     adapter.save(tmp_path)
-    own = directory.read(tmp_path).own
+    own = directory.read(tmp_path).lorakin_part
     assert own is not None and own.tensors is not None
     packing = Packing({}, "")
     tensors = packing.packed(own.tensors, "tensors")

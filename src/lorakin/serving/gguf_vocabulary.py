@@ -105,7 +105,8 @@ def read_vocabulary(directory: Path, size: int, template: str | None = None) -> 
     unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model.get(key) for key in unsupported):
         raise ModelError(
-            f"{where} is of type {model['type']}; lorakin writes plain BPE only in llama.cpp's form"
+            f"{where} is of type {model['type']}; lorakin can write only plain BPE in llama.cpp's "
+            "form"
         )
     if max(tokenizer.get_vocab().values()) >= size:
         raise ModelError(

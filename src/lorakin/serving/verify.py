@@ -126,7 +126,7 @@ class LogitComparison:
         if tolerance.logit < 1:
             and_logits = f" and a logit difference of {tolerance.logit * self.largest_logit:.3g}"
         raise VerificationError(
-            f"{what} is not the model that was trained: {self}. Tolerated are a KL of "
+            f"{what} is not the model that was trained: {self}. The tolerance is a KL of "
             f"{tolerance.divergence:g}{and_logits}. Nothing was kept; --max-kl allows more, "
             "--no-verify leaves this check out",
             report or self.as_dict(),

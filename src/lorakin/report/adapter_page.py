@@ -148,5 +148,5 @@ def _parameter_count(summary: Summary, ranks: Mapping[str, int]) -> int:
 
 
 def _shared(summary: Summary) -> bool:
-    """Whether modules share pairs, so that the file holds fewer parameters than the pairs have."""
+    """Returns whether modules share pairs: then the file has fewer parameters than the pairs."""
     return summary.parameters < _parameter_count(summary, summary.ranks)

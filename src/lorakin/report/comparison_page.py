@@ -180,7 +180,7 @@ def _weights(findings: Findings) -> Iterator[Block]:
 
 
 def _has_scatter(s: Standing) -> bool:
-    """Whether DoRA's picture is about the arm: plain LoRA, full training, methods with a gain."""
+    """Returns whether DoRA's picture shows the arm: plain LoRA, full training, and gains."""
     has_gain = s.kind == MEMBER and "gain" in axes_of(s.arm.words)
     return has_gain or s.kind == REFERENCE or s.arm.name == FULL
 

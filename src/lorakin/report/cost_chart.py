@@ -38,7 +38,7 @@ SIDES = (
     Side("left", 9, -19),
     Side("left", 9, 21),
 )
-"""In the order in which they are tried."""
+"""The places of a name, in the order in which they are tried."""
 
 
 class Cost(NamedTuple):

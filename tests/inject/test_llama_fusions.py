@@ -427,7 +427,7 @@ def test_a_scaled_loss_in_float16_does_not_overflow() -> None:
 
 def test_reading_the_form_of_deferred_logits_makes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, _, real = deferred()
-    monkeypatch.setattr(LazyLogits, "made", lambda self: pytest.fail("made"))
+    monkeypatch.setattr(LazyLogits, "computed", lambda self: pytest.fail("computed"))
     assert (logits.shape, logits.ndim, logits.dtype, logits.device) == (
         real.shape,
         real.ndim,

@@ -383,7 +383,7 @@ def test_a_table_resized_under_its_rows_is_an_error(ids: Tensor, tmp_path: Path)
     adapter = lk.adapt(model, lk.LoRA(rank=2), "none", trainable_tokens=IDS)
     model.resize_token_embeddings(70)
     for use in (lambda: model(ids), adapter.merge, lambda: adapter.save(tmp_path)):
-        with pytest.raises(lk.StateError, match="70 x 32"):
+        with pytest.raises(lk.StateError, match="70 × 32"):
             use()
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.inject.adapted import attachments_at
-from lorakin.inject.biases import check_biases_apart
+from lorakin.inject.biases import check_biases_distinct
 from lorakin.inject.merging import placements
 from lorakin.inject.model_registry import (
     NO_ADAPTERS,
@@ -18,7 +18,7 @@ from lorakin.inject.model_registry import (
     registry_of,
 )
 from lorakin.inject.threads import one_at_a_time, record_choice
-from lorakin.inject.trainable_tokens import check_apart, places_of
+from lorakin.inject.trainable_tokens import check_rows_distinct, paths_with_rows
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -40,9 +40,10 @@ def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
     check_no_mixed_batch(model, "switched")
     chosen = [adapters[name] for name in names]
     _check_whole_modules_apart(chosen)
-    check_apart({adapter.name: adapter.placement.tokens for adapter in chosen})
-    check_biases_apart(placements(chosen), SettingError)
-    registry_of(model).buffers.owners(model, chosen)  # raises if two have moved one buffer
+    check_rows_distinct({adapter.name: adapter.placement.tokens for adapter in chosen})
+    check_biases_distinct(placements(chosen), SettingError)
+    # It raises if two adapters have moved one buffer.
+    registry_of(model).buffers.owners(model, chosen)
 
     for adapter in adapters.values():
         for path in adapter.tensors.paths():
@@ -70,12 +71,12 @@ def _check_whole_modules_apart(adapters: Sequence[InsertedAdapter]) -> None:
 
     for adapter in adapters:
         placement = adapter.placement
-        for path in (*placement.methods, *places_of(placement.tokens), *placement.biases):
-            for whole, other in trained_by.items():
-                if other != adapter.name and path.startswith(f"{whole}."):
+        for path in (*placement.methods, *paths_with_rows(placement.tokens), *placement.biases):
+            for whole_module, owner in trained_by.items():
+                if owner != adapter.name and path.startswith(f"{whole_module}."):
                     raise SettingError(
-                        f"{adapter.name!r} adapts {path}, inside {whole}, which {other!r} trains "
-                        "whole; activate one"
+                        f"{adapter.name!r} adapts {path}, inside {whole_module}, which {owner!r} "
+                        "trains whole; activate one"
                     )
 
 

@@ -188,8 +188,8 @@ Child = Branch | Copy | TokenRowsBranch | Bias
 def resized_message(path: str, before: Sequence[int], now: Sequence[int]) -> str:
     """Returns the message for a module that no longer has the size it was adapted at."""
     return (
-        f"{path} is now {' x '.join(map(str, now))}, but it was adapted at "
-        f"{' x '.join(map(str, before))}: something, such as resize_token_embeddings, changed it "
+        f"{path} is now {' × '.join(map(str, now))}, but it was adapted at "
+        f"{' × '.join(map(str, before))}: something, such as resize_token_embeddings, changed it "
         "since. Resize a model before you adapt it: remove the adapter, resize, and adapt again"
     )
 

@@ -119,7 +119,8 @@ class Attachments:
             for key, tensor in kept.items():
                 moved = fn(tensor.data)
                 if moved.is_meta == tensor.is_meta:
-                    tensor.data = moved  # the same object, so that tied modules stay tied
+                    # The object stays the same, so that tied modules stay tied.
+                    tensor.data = moved
                 elif isinstance(tensor, nn.Parameter):
                     kept[key] = nn.Parameter(moved, tensor.requires_grad)
                 else:
@@ -184,8 +185,8 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
     >>> adapter_prefixes(model)
     ('0.lorakin.',)
     """
-    every = model.named_modules(remove_duplicate=False)
-    return tuple(f"{path}." for path, module in every if isinstance(module, Adapters))
+    modules = model.named_modules(remove_duplicate=False)
+    return tuple(f"{path}." for path, module in modules if isinstance(module, Adapters))
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -194,8 +195,8 @@ def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     `model_registry.original_parameters` returns what they are without adapters.
     """
     skip = adapter_prefixes(model)
-    named = model.named_parameters(remove_duplicate=False)
-    return [(name, parameter) for name, parameter in named if not name.startswith(skip)]
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [(name, parameter) for name, parameter in parameters if not name.startswith(skip)]
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:

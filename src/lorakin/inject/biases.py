@@ -31,7 +31,7 @@ NO_BIASES, ADAPTED, ALL = "none", "lora_only", "all"
 
 
 def find_biases(
-    model: nn.Module, which: str, adapted_paths: Iterable[str], whole: Sequence[str]
+    model: nn.Module, which: str, adapted_paths: Iterable[str], whole_modules: Sequence[str]
 ) -> tuple[str, ...]:
     """Returns the paths of the modules whose bias an adapter trains.
 
@@ -39,7 +39,7 @@ def find_biases(
         model: the base.
         which: "none"; "lora_only", the biases of the adapted modules; or "all", those of the model.
         adapted_paths: the paths that the adapter is on.
-        whole: the paths of modules that it trains whole.
+        whole_modules: the paths of modules that it trains whole.
 
     Raises:
         SettingError: another word, or a model without such biases.
@@ -52,11 +52,14 @@ def find_biases(
         raise SettingError(f"bias must be one of {NO_BIASES}, {ADAPTED} and {ALL}, not {which!r}")
     if which == NO_BIASES:
         return ()
-    skip, adapted = tuple(f"{path}." for path in whole), adapted_modules(model, adapted_paths)
+    skip, adapted = (
+        tuple(f"{path}." for path in whole_modules),
+        adapted_modules(model, adapted_paths),
+    )
     biased = []
     for path, module in named_modules(model).items():
-        wanted = path in adapted if which == ADAPTED else not f"{path}.".startswith(skip)
-        if wanted and not isinstance(module, ExpertMatrix) and base_bias(module) is not None:
+        selected = path in adapted if which == ADAPTED else not f"{path}.".startswith(skip)
+        if selected and not isinstance(module, ExpertMatrix) and base_bias(module) is not None:
             biased.append(path)
     if not biased:
         where = "of the modules it adapts has" if which == ADAPTED else "module has"
@@ -95,7 +98,7 @@ def initial_biases(
     Raises:
         StateError: the base is sharded already.
     """
-    made: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     initial = {}
     for path in paths:
         bias = base_bias(model.get_submodule(path))
@@ -105,10 +108,10 @@ def initial_biases(
                 f"the bias of {path} is sharded already, so an adapter cannot start from it; adapt "
                 "the model before it is sharded, or leave bias out"
             )
-        if id(bias) not in made:
+        if id(bias) not in copies:
             wide = dtype or wide_dtype(bias.dtype)
-            made[id(bias)] = bias.detach().to(wide, copy=True)
-        initial[path] = made[id(bias)]
+            copies[id(bias)] = bias.detach().to(wide, copy=True)
+        initial[path] = copies[id(bias)]
     return initial
 
 
@@ -127,7 +130,7 @@ def cast_like_base(child: Any, module: Any) -> Tensor:
     return bias if type(weight) in PLAIN_TYPES else bias.view_as(bias)
 
 
-def check_biases_apart(
+def check_biases_distinct(
     placements: Mapping[str, Placement], error: type[SettingError | StateError]
 ) -> None:
     """Checks that no two of these adapters, given by name, train the bias of one module.

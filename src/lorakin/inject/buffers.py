@@ -21,20 +21,21 @@ if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 
-def saved_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
+def saved_buffers(model: nn.Module, whole_modules: Sequence[str]) -> dict[str, Tensor | None]:
     """Returns the base's buffers that its `state_dict` holds, except quantised layers', by name.
 
     None stands for a buffer that a forward is still to make.
 
     Args:
         model: the base, adapted or not.
-        whole: paths of modules that an adapter trains whole; their copies have buffers themselves.
+        whole_modules: paths of modules that an adapter trains whole; their copies have buffers
+            themselves.
 
     >>> list(saved_buffers(nn.Sequential(nn.BatchNorm1d(2)), ()))
     ['0.running_mean', '0.running_var', '0.num_batches_tracked']
     """
     buffers: dict[str, Tensor | None] = {}
-    skip = (*adapter_prefixes(model), *(f"{path}." for path in whole))
+    skip = (*adapter_prefixes(model), *(f"{path}." for path in whole_modules))
     for path, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{path}.{leaf}" if path else leaf
@@ -109,11 +110,13 @@ class Buffers:
         else:
             adapter.buffers[name] = cloned(value)
 
-    def base_buffers(self, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
+    def base_buffers(
+        self, model: nn.Module, whole_modules: Sequence[str]
+    ) -> dict[str, Tensor | None]:
         """Returns the base's buffers that an adapter may move; see `saved_buffers`."""
         return {
             name: self.base_buffer(model, name) if name in self.owner else buffer
-            for name, buffer in saved_buffers(model, whole).items()
+            for name, buffer in saved_buffers(model, whole_modules).items()
         }
 
     def base_buffer(self, model: nn.Module, name: str) -> Tensor | None:
@@ -155,16 +158,17 @@ class Buffers:
         owner: str | None,
         adapters: Mapping[str, InsertedAdapter],
     ) -> None:
-        present, before = _get(model, name), self.owner[name]
-        if before is None:
+        """Puts the value of `owner` into the model, and keeps the present value for its owner."""
+        present, present_owner = _get(model, name), self.owner[name]
+        if present_owner is None:
             self.base[name] = present
-        elif before in adapters:
-            adapters[before].buffers[name] = present
-        new = self.base[name] if owner is None else adapters[owner].buffers[name]
-        if new is not None and present is not None:
-            dtype = present.dtype if present.is_floating_point() else new.dtype
-            new = new.to(present.device, dtype)
-        _put(model, name, new)
+        elif present_owner in adapters:
+            adapters[present_owner].buffers[name] = present
+        value = self.base[name] if owner is None else adapters[owner].buffers[name]
+        if value is not None and present is not None:
+            dtype = present.dtype if present.is_floating_point() else value.dtype
+            value = value.to(present.device, dtype)
+        _put(model, name, value)
         self.owner[name] = owner
 
 

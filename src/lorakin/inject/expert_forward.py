@@ -55,7 +55,8 @@ class AdaptedExperts(Swapped):
             return out
 
         twin = object.__new__(type(self))
-        vars(twin).update(vars(self), **weights)  # attributes are found before parameters
+        # Attributes are found before parameters.
+        vars(twin).update(vars(self), **weights)
         out = super(AdaptedExperts, twin).forward(*args, **kwargs)
         # Keep what the forward assigned to `self`.
         vars(self).update({key: value for key, value in vars(twin).items() if key not in weights})
@@ -140,17 +141,17 @@ def weight_for_readers(stack: ExpertStack) -> Tensor | None:
 
 def _branches(stack: ExpertStack) -> Branches:
     """Returns the branches in use, except those in a mixed batch, which stacks cannot be in."""
-    found: dict[str, dict[int, Any]] = {}
+    branches: dict[str, dict[int, Any]] = {}
     for number, attached in stack.attached().items():
         for name in attached.names_in_use() if attached.mixed_batch is None else ():
-            found.setdefault(name, {})[number] = attached[name]
-    return found
+            branches.setdefault(name, {})[number] = attached[name]
+    return branches
 
 
 def _tensors(branches: Branches) -> list[Tensor]:
     """Returns the tensors of these branches."""
-    every = (branch for of_one in branches.values() for branch in of_one.values())
-    return [parameter for branch in every for parameter in branch._parameters.values()]
+    all_branches = (branch for by_number in branches.values() for branch in by_number.values())
+    return [parameter for branch in all_branches for parameter in branch._parameters.values()]
 
 
 def _changes(stack: ExpertStack, weight: Tensor, branches: Branches) -> tuple[WeightChange, ...]:

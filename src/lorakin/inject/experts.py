@@ -89,7 +89,8 @@ class ExpertStack(nn.Module):
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
-        vars(self).update(owner=owner, name=name)  # no child of this, as in `ExpertMatrix`
+        # The owner must not become a child of this, as in `ExpertMatrix`.
+        vars(self).update(owner=owner, name=name)
         self.kept: Any = None
         """What `expert_forward.weight_for_forward` keeps between calls."""
 
@@ -186,8 +187,12 @@ def stack_names(module: nn.Module) -> list[str]:
         return []
     experts: Any = module.num_experts
     shapes = {name: whole_shape(p) for name, p in module._parameters.items() if p is not None}
-    held = {name: len(shape) for name, shape in shapes.items() if shape and shape[0] == experts}
-    return [name for name, dims in held.items() if dims == 3 or (dims == 2 and name == "weight")]
+    stacked = {name: shape for name, shape in shapes.items() if shape and shape[0] == experts}
+    return [
+        name
+        for name, shape in stacked.items()
+        if len(shape) == 3 or (len(shape) == 2 and name == "weight")
+    ]
 
 
 def matrices(experts: nn.Module, stack: str) -> list[nn.Module]:

@@ -39,7 +39,7 @@ from lorakin.inject.placement import Placement
 from lorakin.inject.run import CALLBACKS, AdapterRun
 from lorakin.inject.tensors import AdapterTensors
 from lorakin.inject.threads import one_at_a_time
-from lorakin.inject.trainable_tokens import base_rows, rows_for
+from lorakin.inject.trainable_tokens import base_rows, row_branches
 
 
 class InsertedAdapter:
@@ -168,7 +168,7 @@ class InsertedAdapter:
 
         if rows is None:
             rows = base_rows(self.model, self.placement.tokens)
-        children |= rows_for(modules, self.placement.tokens, rows)
+        children |= row_branches(modules, self.placement.tokens, rows)
         return children | {p: Bias(bias) for p, bias in bias_of.items() if p not in children}
 
     @one_at_a_time

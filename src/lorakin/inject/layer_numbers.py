@@ -54,20 +54,20 @@ def in_layers(paths: Sequence[str], indices: int | Sequence[int]) -> list[str]:
     >>> in_layers(["layers.0.q", "layers.1.q", "layers.2.q"], [-1])
     ['layers.2.q']
     """
-    found = {p: m for p in paths if (m := IN_A_LIST.search(p) or IN_A_SEQUENCE.search(p))}
-    places = {path: (path[: match.start(1)], int(match[1])) for path, match in found.items()}
+    matches = {p: m for p in paths if (m := IN_A_LIST.search(p) or IN_A_SEQUENCE.search(p))}
+    layer_of = {path: (path[: match.start(1)], int(match[1])) for path, match in matches.items()}
     counts: dict[str, int] = {}
-    for stack, number in places.values():
+    for stack, number in layer_of.values():
         counts[stack] = max(counts.get(stack, 0), number + 1)
 
-    wanted: set[tuple[str, int]] = set()
+    selected: set[tuple[str, int]] = set()
     for index in [indices] if isinstance(indices, int) else indices:
-        here = {(s, index % count) for s, count in counts.items() if -count <= index < count}
-        if not here:
-            there = ", ".join(f"{stack}0 to {stack}{count - 1}" for stack, count in counts.items())
+        layers = {(s, index % count) for s, count in counts.items() if -count <= index < count}
+        if not layers:
+            present = ", ".join(f"{stack}0 to {stack}{n - 1}" for stack, n in counts.items())
             raise TargetError(
                 f"layers: there is no layer {index}; the selected modules lie in "
-                f"{there or 'no numbered layers'}"
+                f"{present or 'no numbered layers'}"
             )
-        wanted |= here
-    return [path for path in paths if places.get(path) in wanted]
+        selected |= layers
+    return [path for path in paths if layer_of.get(path) in selected]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.inject import quantised
 from lorakin.inject.adapted import attachments_at, is_adapted, module_at
-from lorakin.inject.biases import check_biases_apart, share_merged_biases
+from lorakin.inject.biases import check_biases_distinct, share_merged_biases
 from lorakin.inject.folding import check_for_good, check_together, move_adapters, set_merged
 from lorakin.inject.model_registry import (
     NO_ADAPTERS,
@@ -28,7 +28,7 @@ from lorakin.inject.model_registry import (
 from lorakin.inject.placement import Placement
 from lorakin.inject.threads import changing
 from lorakin.inject.ties import Ties
-from lorakin.inject.trainable_tokens import keep_ties, places_of
+from lorakin.inject.trainable_tokens import keep_ties, paths_with_rows
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -104,7 +104,7 @@ def merge_adapters(model: nn.Module, chosen: Sequence[InsertedAdapter]) -> dict[
         for adapter in others
         if adapter.effect.is_merged or (adapter.effect.is_active and not adapter.effect.is_off)
     ]
-    check_biases_apart(placements([*chosen, *in_use]), StateError)
+    check_biases_distinct(placements([*chosen, *in_use]), StateError)
 
     dtype = quantised.dtype_of(model)
     before = {
@@ -133,7 +133,7 @@ def share_merged_tables(model: nn.Module) -> None:
     """Lets tied tables stay one, if the same adapters with trained rows are merged into them."""
     for adapter in registry_of(model).adapters.values():
         tokens = adapter.placement.tokens
-        merged = {path: attachments_at(model, path).merged for path in places_of(tokens)}
+        merged = {path: attachments_at(model, path).merged for path in paths_with_rows(tokens)}
         keep_ties(model, tokens, merged)
 
 

@@ -56,14 +56,14 @@ class MixedBatch:
     torch.Size([2, 2])
     """
 
-    def __init__(self, model: nn.Module, wanted: Iterable[str | None]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str | None]) -> None:
         self.model = model
-        self.name_of_row = () if isinstance(wanted, str) else tuple(wanted)
+        self.name_of_row = () if isinstance(names, str) else tuple(names)
         if not self.name_of_row or not all(
             name is None or isinstance(name, str) for name in self.name_of_row
         ):
             raise SettingError(
-                f"expected a list with an adapter's name, or None, for each row, not {wanted!r}"
+                f"expected a list with an adapter's name, or None, for each row, not {names!r}"
             )
         self.distinct_names: list[str | None] = list(dict.fromkeys(self.name_of_row))
         self.adapter_index = torch.tensor(
@@ -80,13 +80,13 @@ class MixedBatch:
 
     def _check(self) -> None:
         names = [name for name in self.distinct_names if name is not None]
-        known = check_switchable(self.model, names)
-        if biased := [name for name in names if known[name].placement.biases]:
+        adapters = check_switchable(self.model, names)
+        if biased := [name for name in names if adapters[name].placement.biases]:
             raise SettingError(
                 f"adapter {biased[0]!r} trains biases, which act on all rows alike, so it cannot "
                 "be in a mixed batch; run its rows by themselves"
             )
-        if of_experts := [name for name in names if known[name].tensors.expert_paths()]:
+        if of_experts := [name for name in names if adapters[name].tensors.expert_paths()]:
             raise SettingError(
                 f"adapter {of_experts[0]!r} adapts experts or other parameters, which all rows "
                 "share, so it cannot be in a mixed batch; run its rows by themselves"
@@ -101,16 +101,16 @@ class MixedBatch:
         self._check()
         self.attachments = attachments_in(self.model)
         in_force = (attached.mixed_batch for attached in self.attachments if attached.mixed_batch)
-        others = next((batch.open for batch in in_force), [])
-        if self in others:
+        open_batches = next((batch.open for batch in in_force), [])
+        if self in open_batches:
             raise StateError("this mixed batch is entered already; make another with mixed_batch")
-        if any(other.thread != threading.get_ident() for other in others):
+        if any(batch.thread != threading.get_ident() for batch in open_batches):
             raise StateError(
                 "another thread has a mixed batch on this model; one model serves one thread at a "
                 "time"
             )
         self.thread = threading.get_ident()
-        self.open = others
+        self.open = open_batches
         self.open.append(self)
         self.sizes = {len(self.name_of_row)}
         self.stacks, self.spread, self.masks = {}, {}, {}

@@ -96,12 +96,8 @@ def original_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def attachments_in(model: nn.Module) -> list[Attachments]:
     """Returns the attachments of the model's modules, once each."""
-    every = [
-        attached
-        for adapter in registry_of(model).adapters.values()
-        for attached in adapter.tensors.attachments()
-    ]
-    return list(dict.fromkeys(every))
+    adapters = registry_of(model).adapters.values()
+    return list(dict.fromkeys(a for adapter in adapters for a in adapter.tensors.attachments()))
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -116,10 +112,10 @@ def root_of(model: nn.Module) -> nn.Module:
         raise SettingError(f"expected a model, a torch.nn.Module, not {model!r}")
     peft = sys.modules.get("peft.tuners.tuners_utils")
     if peft is not None and (
-        taken := [path for path, m in inner.named_modules() if isinstance(m, peft.BaseTunerLayer)]
+        adapted := [path for path, m in inner.named_modules() if isinstance(m, peft.BaseTunerLayer)]
     ):
         raise StateError(
-            f"PEFT has adapted this model ({taken[0]}, …); take its adapters out first "
+            f"PEFT has adapted this model ({adapted[0]}, …); take its adapters out first "
             "(model.unload(), or model.merge_and_unload() to keep them), or save them with PEFT "
             "and load the files with lorakin.load"
         )

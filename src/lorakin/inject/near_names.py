@@ -32,32 +32,33 @@ def near(pattern: str, paths: Iterable[str]) -> str:
     close = difflib.get_close_matches(pattern, names, n=4, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    known = list(dict.fromkeys(map(last_name, paths)))
-    return f"names there are: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}"
+    last_names = list(dict.fromkeys(map(last_name, paths)))
+    return f"names there are: {', '.join(last_names[:12])}{', …' if len(last_names) > 12 else ''}"
 
 
-def warn_of_strangers(pattern: str, modules: Mapping[str, nn.Module]) -> None:
-    """Warns of words in a regular expression that stand in no path of the model.
+def warn_of_unknown_words(pattern: str, modules: Mapping[str, nn.Module]) -> None:
+    """Warns of words in a regular expression that are in no path of the model.
 
     `gate_proj|up_proj|down_proj` finds only the down_proj of experts whose gate and up are one
     parameter. That would otherwise go unnoticed.
     """
-    if re.fullmatch(r"[\w.*?-]*", pattern):  # a name or a glob
+    is_name_or_glob = re.fullmatch(r"[\w.*?-]*", pattern)
+    if is_name_or_glob:
         return
-    there = " ".join(modules)
+    all_paths = " ".join(modules)
     words = re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\.|\[[^]]*\]|\(\?P<\w+>", " ", pattern))
-    strangers = [word for word in dict.fromkeys(words) if word not in there]
-    if not strangers:
+    unknown = [word for word in dict.fromkeys(words) if word not in all_paths]
+    if not unknown:
         return
 
     names = sorted({last_name(path) for path in modules if path})
-    found = []
-    for word in strangers:
+    described = []
+    for word in unknown:
         close = [name for name in names if word.split("_")[0] in name.split("_")]
-        found.append(f"{word!r} (there is {', '.join(close)})" if close else repr(word))
+        described.append(f"{word!r} (there is {', '.join(close)})" if close else repr(word))
     warnings.warn(
-        f"target {pattern!r} names {' and '.join(found)}, which no module has, so nothing there "
-        "is adapted",
+        f"target {pattern!r} names {' and '.join(described)}, which no module has, so nothing "
+        "there is adapted",
         LorakinWarning,
         stacklevel=5,
     )

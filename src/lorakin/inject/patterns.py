@@ -85,16 +85,14 @@ class PatternValues(Generic[N]):
         Raises:
             PatternError: a key is no regular expression, or one that is not accepted.
         """
-        found = [self.ends[end] for end in ends_of(path) if end in self.ends]
-        found += [self.whole[path]] if path in self.whole else []
-        first, value = min(
-            found,
-            key=lambda one: one[0],
-            default=(len(self.wide) + len(self.ends) + len(self.whole), default),
-        )
-        return next(
-            (own for order, key, own in self.wide if order < first and _selects(key, path)), value
-        )
+        by_path = [self.ends[end] for end in ends_of(path) if end in self.ends]
+        by_path += [self.whole[path]] if path in self.whole else []
+        after_all = len(self.wide) + len(self.ends) + len(self.whole)
+        first, value = min(by_path, key=lambda entry: entry[0], default=(after_all, default))
+        for order, key, value_of_pattern in self.wide:
+            if order < first and _selects(key, path):
+                return value_of_pattern
+        return value
 
 
 def resolve(pattern_values: Mapping[str, N], path: str, default: N | None) -> N | None:
@@ -140,7 +138,8 @@ def ends_of(path: str) -> list[str]:
 
 
 def _selects(key: str, path: str) -> bool:
-    check(key)  # it must be a pattern by itself before it is put into another
+    # It must be a pattern by itself before it is put into another.
+    check(key)
     return matches(rf"(?:.*\.)?(?:{key})$", path)
 
 

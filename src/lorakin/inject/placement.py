@@ -27,7 +27,13 @@ from lorakin.inject.targets import (
     extend_to_stacks,
     select,
 )
-from lorakin.inject.trainable_tokens import TokenRows, Tokens, check_free, find_tokens, places_of
+from lorakin.inject.trainable_tokens import (
+    TokenRows,
+    Tokens,
+    check_no_pair_on_rows,
+    find_tokens,
+    paths_with_rows,
+)
 from lorakin.inject.whole_modules import find_whole_modules
 
 
@@ -104,7 +110,7 @@ def choose_modules(
 
     method, paths = method.bound_to(paths)
     placement = placement_with_patterns(method, paths, whole, rank_pattern, alpha_pattern)
-    check_free(rows, placement.methods)
+    check_no_pair_on_rows(rows, placement.methods)
     placement = dataclasses.replace(placement, tokens=rows)
     shapes = {path: unadapted(module_at(model, path)).shape for path in placement.methods}
     if rank_above == "clamp":
@@ -113,7 +119,7 @@ def choose_modules(
         method_of_module.check(shapes[path], path)
 
     biases = find_biases(model, bias, placement.methods, whole)
-    if both := sorted(set(biases) & set(places_of(rows))):
+    if both := sorted(set(biases) & set(paths_with_rows(rows))):
         raise SettingError(
             f"an adapter cannot train both rows of tokens and the bias of {both[0]}; leave one of "
             "them out"

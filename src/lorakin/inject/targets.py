@@ -15,7 +15,7 @@ from lorakin.inject.attachments import Adapters, adapter_prefixes
 from lorakin.inject.heads import head_of
 from lorakin.inject.layer_numbers import in_layers
 from lorakin.inject.linear_regex import NoPatternError, PatternError
-from lorakin.inject.near_names import last_name, near, warn_of_strangers
+from lorakin.inject.near_names import last_name, near, warn_of_unknown_words
 from lorakin.inject.patterns import PathIndex, check_all, is_inside, matches
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -170,7 +170,7 @@ def select(
             if pattern != ALL_LINEAR:
                 for path in resolved[pattern]:
                     named |= set(_layers_matching(path, free, reserved))
-                warn_of_strangers(pattern, modules)
+                warn_of_unknown_words(pattern, modules)
         chosen = [path for path in free if path in linear | named]
 
     chosen = _without_excluded(chosen, exclude, modules, free)

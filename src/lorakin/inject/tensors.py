@@ -18,7 +18,7 @@ from lorakin.inject.model_registry import registry_of
 from lorakin.inject.part import Part
 from lorakin.inject.placement import base_weight_of
 from lorakin.inject.token_rows import TokenRowsBranch
-from lorakin.inject.trainable_tokens import places_of
+from lorakin.inject.trainable_tokens import paths_with_rows
 
 
 class AdapterTensors(Part):
@@ -133,7 +133,7 @@ class AdapterTensors(Part):
         Raises:
             StateError: one was.
         """
-        for path in (*self.placement.methods, *places_of(self.placement.tokens)):
+        for path in (*self.placement.methods, *paths_with_rows(self.placement.tokens)):
             attached, module = attachments_at(self.model, path), module_at(self.model, path)
             weight = module._parameters.get("weight")
             if weight is not None and attached.shape not in (None, whole_shape(weight)):
@@ -157,6 +157,6 @@ class AdapterTensors(Part):
         return (
             *self.placement.methods,
             *self.placement.whole_modules,
-            *places_of(self.placement.tokens),
+            *paths_with_rows(self.placement.tokens),
             *only_biases,
         )

@@ -57,12 +57,13 @@ class TokenRowsBranch(nn.Module):
             out: (…, dim), the base's rows of these ids.
             padding: an id whose row gets no gradient, as in `F.embedding`.
         """
-        wanted = x.to(self.ids.dtype).contiguous()
-        at = torch.searchsorted(self.ids, wanted).clamp(max=len(self.tokens) - 1)
-        new = F.embedding(at, self.rows.to(out.dtype))
+        ids = x.to(self.ids.dtype).contiguous()
+        nearest = torch.searchsorted(self.ids, ids).clamp(max=len(self.tokens) - 1)
+        rows = F.embedding(nearest, self.rows.to(out.dtype))
         if padding in self.tokens:
-            new = torch.where((x == padding).unsqueeze(-1), new.detach(), new)
-        return torch.where((self.ids[at] == wanted).unsqueeze(-1), new, out)
+            rows = torch.where((x == padding).unsqueeze(-1), rows.detach(), rows)
+        is_trained = self.ids[nearest] == ids
+        return torch.where(is_trained.unsqueeze(-1), rows, out)
 
     def columns(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Computes a head's outputs for these tokens, (…, k), from x (…, dim) in `dtype`."""
@@ -110,8 +111,8 @@ def put_rows(module: Any, token_rows: Sequence[TokenRowsBranch], x: Tensor, out:
         if isinstance(module, nn.Embedding):
             out = rows.looked_up(x, out, module.padding_idx)
         else:
-            new = rows.columns(x, module.bias, module._parameters["weight"].dtype)
-            out = out.index_copy_(-1, rows.ids, new.to(out.dtype))
+            columns = rows.columns(x, module.bias, module._parameters["weight"].dtype)
+            out = out.index_copy_(-1, rows.ids, columns.to(out.dtype))
     return out
 
 
@@ -123,8 +124,8 @@ def check_size(token_rows: Sequence[TokenRowsBranch], attached: Attachments, tab
     """
     if token_rows and attached.shape is not None and table.shape != attached.shape:
         raise StateError(
-            f"{token_rows[0].path} is now {' x '.join(map(str, table.shape))}, but it was "
-            f"{' x '.join(map(str, attached.shape))} when rows of it were chosen to train: "
+            f"{token_rows[0].path} is now {' × '.join(map(str, table.shape))}, but it was "
+            f"{' × '.join(map(str, attached.shape))} when rows of it were chosen to train: "
             "something, such as resize_token_embeddings, has changed it since. Resize a model "
             "before you adapt it; here, remove the adapter, resize, and adapt again"
         )
@@ -204,6 +205,9 @@ class TableWithRowsFunction(torch.autograd.Function):
     @staticmethod
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        every = ctx.saved_tensors
-        base = grad.index_fill(0, torch.cat(every), 0) if ctx.needs_input_grad[0] else None
-        return base, None, *(grad[ids].to(d) for ids, d in zip(every, ctx.dtypes, strict=True))
+        ids_of_each = ctx.saved_tensors
+        for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_weight = grad.index_fill(0, torch.cat(ids_of_each), 0)
+        for_rows = [grad[i].to(dtype) for i, dtype in zip(ids_of_each, ctx.dtypes, strict=True)]
+        return for_weight, None, *for_rows

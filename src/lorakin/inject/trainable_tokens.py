@@ -42,7 +42,7 @@ class TokenRows:
 
 
 def find_tokens(
-    model: nn.Module, wanted: Tokens | None, whole_modules: Iterable[str] = ()
+    model: nn.Module, tokens: Tokens | None, whole_modules: Iterable[str] = ()
 ) -> dict[str, TokenRows]:
     """Returns the rows to train by the path of the module, each weight once.
 
@@ -51,7 +51,7 @@ def find_tokens(
 
     Args:
         model: the base.
-        wanted: ids for the input embedding, or ids by the name of a module: its path, or last
+        tokens: ids for the input embedding, or ids by the name of a module: its path, or last
             parts.
         whole_modules: paths of modules that are trained whole; no rows can be trained in them.
 
@@ -64,12 +64,12 @@ def find_tokens(
     {'0': TokenRows(ids=(3, 5), tied=())}
     """
     modules = named_modules(model)
-    return tied_rows(model, _named(model, modules, wanted), whole_modules)
+    return tied_rows(model, _ids_by_path(model, modules, tokens), whole_modules)
 
 
 def tied_rows(
     model: nn.Module,
-    named: Mapping[str, tuple[int, ...]],
+    ids_by_path: Mapping[str, tuple[int, ...]],
     whole_modules: Iterable[str] = (),
     same_values: Callable[[str, str], bool] = lambda path, other: True,
 ) -> dict[str, TokenRows]:
@@ -80,7 +80,7 @@ def tied_rows(
     modules, whole_modules = named_modules(model), tuple(whole_modules)
     rows: dict[str, TokenRows] = {}
     partners: set[str] = set()
-    for path, ids in sorted(named.items(), key=lambda item: list(modules).index(item[0])):
+    for path, ids in sorted(ids_by_path.items(), key=lambda item: list(modules).index(item[0])):
         _check(path, modules[path], ids)
         if around := [whole for whole in whole_modules if is_inside(path, [whole])]:
             raise TargetError(
@@ -93,7 +93,7 @@ def tied_rows(
             other
             for other in _partners(modules, path)
             if not is_inside(other, whole_modules)
-            and named.get(other, ids) == ids
+            and ids_by_path.get(other, ids) == ids
             and same_values(path, other)
         ]
         partners |= set(tied)
@@ -101,13 +101,13 @@ def tied_rows(
     return rows
 
 
-def check_free(tokens: Mapping[str, TokenRows], adapted_paths: Iterable[str]) -> None:
+def check_no_pair_on_rows(tokens: Mapping[str, TokenRows], adapted_paths: Iterable[str]) -> None:
     """Checks that no module with trained rows is among `adapted_paths`, which get a pair.
 
     Raises:
         TargetError: one is.
     """
-    if both := sorted(set(adapted_paths) & set(places_of(tokens))):
+    if both := sorted(set(adapted_paths) & set(paths_with_rows(tokens))):
         raise TargetError(
             f"{both[0]} cannot have both: an adapter's pair, and rows of tokens that are trained. "
             "Leave it out of the targets, or out of trainable_tokens (a head tied to the embedding "
@@ -115,27 +115,27 @@ def check_free(tokens: Mapping[str, TokenRows], adapted_paths: Iterable[str]) ->
         )
 
 
-def _named(
-    model: nn.Module, modules: Mapping[str, nn.Module], wanted: Tokens | None
+def _ids_by_path(
+    model: nn.Module, modules: Mapping[str, nn.Module], tokens: Tokens | None
 ) -> dict[str, tuple[int, ...]]:
-    """Returns what the user wants as ids by path."""
-    if isinstance(wanted, str):
+    """Returns the ids that the user named, by path."""
+    if isinstance(tokens, str):
         raise SettingError(
-            f"trainable_tokens holds ids of tokens, not {wanted!r}; "
+            f"trainable_tokens holds ids of tokens, not {tokens!r}; "
             "tokenizer.convert_tokens_to_ids([…]) gives them"
         )
-    if not isinstance(wanted, Mapping):
+    if not isinstance(tokens, Mapping):
         try:
-            ids = [] if wanted is None else list(wanted)
+            ids = [] if tokens is None else list(tokens)
         except TypeError:
             raise SettingError(
-                f"trainable_tokens is a list of ids, or module's name → ids, not {wanted!r}"
+                f"trainable_tokens is a list of ids, or module's name → ids, not {tokens!r}"
             ) from None
-        return (
-            {_input_embedding(model, modules): _as_ids(ids, "the input embedding")} if ids else {}
-        )
+        if not ids:
+            return {}
+        return {_input_embedding(model, modules): _as_ids(ids, "the input embedding")}
     ids_by_path: dict[str, tuple[int, ...]] = {}
-    for name, tokens in wanted.items():
+    for name, ids_of_name in tokens.items():
         paths = [path for path in modules if path and (path == name or path.endswith(f".{name}"))]
         if not paths:
             tables = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
@@ -144,7 +144,7 @@ def _named(
                 f"{some(tables) or 'none'}"
             )
         for path in paths:
-            ids_by_path[path] = _as_ids(tokens, name)
+            ids_by_path[path] = _as_ids(ids_of_name, name)
     return ids_by_path
 
 
@@ -218,11 +218,11 @@ def _partners(modules: Mapping[str, nn.Module], path: str) -> list[str]:
         return []
     partners = []
     for other, module in modules.items():
-        held = [leaf for leaf, parameter in module._parameters.items() if parameter is weight]
-        if other == path or not held:
+        names = [name for name, parameter in module._parameters.items() if parameter is weight]
+        if other == path or not names:
             continue
         is_table = layer_kinds.kind_of(module) in (EmbeddingLayer, LinearLayer)
-        if held != ["weight"] or not is_table or layer_kinds.refusal(module):
+        if names != ["weight"] or not is_table or layer_kinds.refusal(module):
             raise TargetError(
                 f"{path} shares its weight with {other}, a {type(module).__name__}, in which rows "
                 "cannot be trained"
@@ -246,36 +246,36 @@ def base_rows(
 
 def base_table(module: Any) -> Tensor:
     """Returns the base's weight, unsharded, whatever adapters do with it."""
-    kept = (attachments_or_none(module) or Attachments()).base_before_merge.get("weight")
-    weight: Any = module._parameters["weight"] if kept is None else kept
-    whole: Tensor = weight.full_tensor() if is_distributed(weight) else weight
-    return whole.detach()
+    attached = attachments_or_none(module) or Attachments()
+    weight: Any = attached.base_before_merge.get("weight", module._parameters["weight"])
+    table: Tensor = weight.full_tensor() if is_distributed(weight) else weight
+    return table.detach()
 
 
-def rows_for(
+def row_branches(
     modules: Mapping[str, nn.Module], tokens: Mapping[str, TokenRows], values: Mapping[str, Tensor]
 ) -> dict[str, TokenRowsBranch]:
-    """Returns what to attach to each module; modules with one weight share one parameter."""
+    """Returns the branch to attach to each module; those with one weight share one parameter."""
     branches = {}
     for path, rows in tokens.items():
         device = modules[path]._parameters["weight"].device  # type: ignore[union-attr]
         parameter = nn.Parameter(values[path].detach().to(device), requires_grad=True)
-        for place in (path, *rows.tied):
-            branches[place] = TokenRowsBranch(place, rows.ids, parameter)
+        for tied_path in (path, *rows.tied):
+            branches[tied_path] = TokenRowsBranch(tied_path, rows.ids, parameter)
     return branches
 
 
-def places_of(tokens: Mapping[str, TokenRows]) -> tuple[str, ...]:
+def paths_with_rows(tokens: Mapping[str, TokenRows]) -> tuple[str, ...]:
     """Returns the paths of all modules that see trained rows."""
-    return tuple(place for path, rows in tokens.items() for place in (path, *rows.tied))
+    return tuple(ids_at(tokens))
 
 
 def ids_at(tokens: Mapping[str, TokenRows]) -> dict[str, tuple[int, ...]]:
-    """Returns the ids at each of these paths."""
-    return {place: rows.ids for path, rows in tokens.items() for place in (path, *rows.tied)}
+    """Returns the ids by the path of each module that sees trained rows."""
+    return {p: rows.ids for path, rows in tokens.items() for p in (path, *rows.tied)}
 
 
-def check_apart(tokens: Mapping[str, Mapping[str, TokenRows]]) -> None:
+def check_rows_distinct(tokens: Mapping[str, Mapping[str, TokenRows]]) -> None:
     """Checks that no two of these adapters, given by name, train the same row.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import all_finite
-from lorakin.inject.trainable_tokens import TokenRows, base_table, check_free, tied_rows
+from lorakin.inject.trainable_tokens import TokenRows, base_table, check_no_pair_on_rows, tied_rows
 from lorakin.storage.peft.formats import PREFIX, TOKENS_ONLY
 
 FIELD = "trainable_token_indices"
@@ -151,7 +151,7 @@ def from_peft(
                 else _peft_ties(model, one)
             ),
         )
-        check_free(tokens, slots)
+        check_no_pair_on_rows(tokens, slots)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
     return ReadTokenRows(

@@ -4,12 +4,12 @@
 # make family     all members on two real models: what each learns and costs (about 50 minutes on two cores)
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
-# make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
+# make bench      lorakin against PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/evidence/architectures.md (three minutes)
 # make templates  what is learned under every chat template that trl and transformers carry: docs/evidence/templates.md (a minute)
-# make soak       the slow suite: killed 200 times, 10,000 hostile files, 50,000 reads beside writers, members × bases × engines (about 40 minutes)
+# make soak       stress tests: 200 kills, 10,000 hostile files, 50,000 reads while others write, members × bases × parallelism (about 40 minutes)
 # make docs       the documentation as a site for reading offline: site/index.html (strict: a broken link or a missing name fails)
-# make lock       write constraints.txt anew, from the versions in .venv and the hashes that PyPI lists
+# make lock       write constraints.txt again, from the versions in .venv and the hashes that PyPI lists
 # make check      lint and types only
 # make clean      remove what these made
 

@@ -1,4 +1,4 @@
-"""Writes the figures as Markdown, each beside the bar that it must meet."""
+"""Writes the figures as Markdown, each next to the target that it should meet."""
 
 from __future__ import annotations
 

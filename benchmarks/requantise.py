@@ -1,4 +1,4 @@
-"""Measures how much of an adapter survives when the merged weight is rounded into few bits again.
+"""Measures how much of an adapter survives when the merged weight is quantised again.
 
     python -m benchmarks.requantise [--steps 30]
 

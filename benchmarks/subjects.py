@@ -1,4 +1,4 @@
-"""What is compared: a frozen decoder alone, with lorakin's members, and with PEFT's."""
+"""The models that are compared: a frozen decoder alone, with lorakin's members, and with PEFT's."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@
 
 Each task is one `lorakin compare`: all members and their controls with the same steps, a learning
 rate swept for each, three seeds or more, and held-out rows that nothing was chosen by. A run that
-was interrupted continues. docs/evidence/claims.md has the
-results.
+was interrupted is resumed by the same command. docs/evidence/claims.md has the results.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ LoRA, transformers loads the merged model, and llama.cpp (through node) runs the
 GGUF adapter, and the merged GGUF.
 
 Each is compared with the trained model in float32 on 20 prompts and the 24 tokens that it answers:
-the largest difference of a logit, and the share of places with the same likeliest token. llama.cpp
+the largest difference of a logit, and the share of positions with the same likeliest token. llama.cpp
 answers by itself: there it is the largest difference of the log-probabilities of the 50 likeliest
-tokens, up to the first place with another token, and how many of the 20 answers are the same.
+tokens, up to the first position with another token, and how many of the 20 answers are the same.
 
 llama.cpp runs the packaged 4-bit base with 8-bit activations. There the difference comes from the
 quantisation, with or without an adapter. DoRA has no exact plain LoRA, so it has a table by rank.

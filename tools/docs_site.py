@@ -1,4 +1,4 @@
-"""What mkdocs does for the site besides Markdown: formulas, pictures, and the parts that are generated from the code.
+"""Adds to the site what Markdown cannot: formulas, pictures, and parts that are generated from the code.
 
 A page holds a line such as `<!-- generated: commands -->`, and the site has the commands there; `PARTS` names all of them.
 A block marked `math` is LaTeX, which GitHub draws too; here it becomes MathML, which browsers draw without a script or a font.

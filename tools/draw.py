@@ -1,4 +1,4 @@
-"""Draw docs/pictures/*.svg: what each method adds to a frozen weight, and which parts of it train.
+"""Draws docs/pictures/*.svg: what each method adds to a frozen weight, and which parts of it train.
 
     python tools/draw.py        writes the pictures; a test says when they are not what this draws
 

@@ -1,4 +1,4 @@
-"""Measure the source: sizes of files and functions, documentation, circles of imports, tests.
+"""Measures the source: sizes of files and functions, documentation, circles of imports, tests.
 
 python tools/house.py                      # a table for this checkout
 python tools/house.py --json               # the same as JSON

@@ -1,15 +1,15 @@
-"""Write constraints.txt: every package that make demo, test and docs install, at one version, with its files' SHA-256.
+"""Writes constraints.txt: every package that make demo, test and docs install, at one version, with its files' SHA-256.
 
     make lock        in the environment that has passed the tests, whose versions are taken
 
 The sections are what the Makefile installs one after another, each with --no-deps and --require-hashes:
 
-- train: what lorakin's command needs but for torch, and setuptools, which builds lorakin itself
+- train: what lorakin's command needs except torch, and setuptools, which builds lorakin itself
 - cpu: torch's build for the CPU, as this machine is served it; other indexes than PyPI have it
 - torch: PyPI's torch, where there is no other
-- cuda: what that needs on Linux besides
-- test: what the tests need besides
-- docs: what `make docs` needs besides
+- cuda: what that torch needs on Linux in addition
+- test: what the tests need in addition
+- docs: what `make docs` needs in addition
 - deepspeed: for `make soak`, if it can be built
 
 Hashes are those of all wheels for Python 3.11 to 3.13 on Linux and macOS that PyPI lists.

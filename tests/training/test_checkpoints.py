@@ -1,5 +1,5 @@
 """A checkpoint is one thing: whatever part of it is damaged, lost, edited or another's, training
-does not go on from it.
+cannot be resumed from it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_every_part_is_in_the_manifest(last: Path) -> None:
     assert (said["step"], said["processes"]) == (4, 1)
     assert said["run"]["recipe"]["lr"] == 1e-2
     assert said["versions"]["lorakin"] == lk.__version__
-    assert checkpoint_manifest.opened(last).step == 4
+    assert checkpoint_manifest.verified(last).step == 4
 
 
 @pytest.mark.parametrize("part", [*PARTS, checkpoint_manifest.MANIFEST])
@@ -115,7 +115,7 @@ def test_a_flipped_bit_is_refused_by_name(part: str, last: Path, out: Path) -> N
         flip(last / part, chance.randrange(len(content)))
         with pytest.raises(
             lk.AdapterError,
-            match=rf"checkpoint-4 is damaged: .*{part}.*To go on from checkpoint-2, delete",
+            match=rf"checkpoint-4 is damaged: .*{part}.*checkpoint-2, delete",
         ):
             resume(out)
         (last / part).write_bytes(content)
@@ -198,7 +198,7 @@ def test_without_the_damaged_one_the_older_comes_to_the_same(
     resume(out)
     for name in ("adapter_model.safetensors", "lorakin.json"):
         assert (out / name).read_bytes() == (whole["one"] / name).read_bytes()
-    assert checkpoint_manifest.opened(last).step == 4
+    assert checkpoint_manifest.verified(last).step == 4
 
 
 def test_the_only_one_that_is_damaged(last: Path, out: Path) -> None:
@@ -242,7 +242,7 @@ def test_what_was_not_saved_in_it_is_refused_by_name(name: str, last: Path, out:
         resume(out)
     (last / name).unlink()
     (last / "README.md").write_text("a person's, who may")
-    assert checkpoint_manifest.opened(last).step == 4
+    assert checkpoint_manifest.verified(last).step == 4
 
 
 @pytest.mark.parametrize("left", ["optimizer.pt", "README.md", "default"])

@@ -23,7 +23,13 @@ from lorakin.compare.preparation import within_positions
 from lorakin.plan.advice import conditions_of
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
-from lorakin.training.limits import check_rows, places, places_of, row_length, warn_cut
+from lorakin.training.limits import (
+    check_rows,
+    position_count,
+    position_count_of_config,
+    row_length,
+    warn_cut,
+)
 from lorakin.training.models import Loaded, load_model
 from sweep.architectures import make
 
@@ -69,14 +75,14 @@ def reads(model: Any, length: int) -> bool:
 def test_a_row_may_be_so_long_and_no_longer(name: str) -> None:
     cls, there = TABLES[name]
     model = make(name, cls).eval()
-    assert places(model) == places_of(model.config) == there
+    assert position_count(model) == position_count_of_config(model.config) == there
     assert reads(model, there) and not reads(model, there + 1)
 
 
 @pytest.mark.parametrize("name", NONE)
 def test_models_without_a_table(name: str) -> None:
     model = make(name, NONE[name]).eval()
-    assert places(model) is None and reads(model, 100)
+    assert position_count(model) is None and reads(model, 100)
 
 
 def test_mpt_has_its_biases_for_so_many() -> None:
@@ -84,7 +90,7 @@ def test_mpt_has_its_biases_for_so_many() -> None:
         vocab_size=64, d_model=32, n_heads=4, n_layers=1, max_seq_len=16
     )
     model = transformers.MptForCausalLM(config).eval()
-    assert places(model) == 16 and reads(model, 16) and not reads(model, 17)
+    assert position_count(model) == 16 and reads(model, 16) and not reads(model, 17)
 
 
 def test_the_length_of_rows() -> None:

@@ -28,7 +28,7 @@ children = multiprocessing.get_context("fork")
 
 
 def work(recipe: Recipe, ready: Any) -> None:
-    place = run_directory.enter(recipe, Path(recipe.out), resume=False)
+    place = run_directory.lock_run_directory(recipe, Path(recipe.out), resume=False)
     (Path(recipe.out) / run_directory.RECIPE).write_text("model: m\ndata: d\nout: o\n")
     ready.send(os.getpid())
     time.sleep(60)
@@ -83,30 +83,30 @@ def test_a_directory_in_which_only_a_lock_was_left_is_empty(recipe: Recipe) -> N
     out = Path(recipe.out)
     out.mkdir(parents=True)
     (out / run_directory.LOCK).touch()
-    run_directory.enter(recipe, out, resume=False).release()
+    run_directory.lock_run_directory(recipe, out, resume=False).release()
     assert not list(out.iterdir())
 
 
 def test_of_one_process_too(recipe: Recipe) -> None:
-    place = run_directory.enter(recipe, Path(recipe.out), resume=False)
+    place = run_directory.lock_run_directory(recipe, Path(recipe.out), resume=False)
     with pytest.raises(lk.OutputError):
-        run_directory.enter(recipe, Path(recipe.out), resume=True)
+        run_directory.lock_run_directory(recipe, Path(recipe.out), resume=True)
     del place
-    run_directory.enter(recipe, Path(recipe.out), resume=True).release()
+    run_directory.lock_run_directory(recipe, Path(recipe.out), resume=True).release()
 
 
 def test_where_nothing_can_be_written_there_is_a_sentence(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(lk.OutputError, match="--out"):
-        run_directory.enter(recipe, Path("/proc/lorakin/out"), resume=False)
+        run_directory.lock_run_directory(recipe, Path("/proc/lorakin/out"), resume=False)
 
     def read_only(*_: Any) -> Any:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(locks, "acquire", read_only)
     with pytest.raises(lk.OutputError):
-        run_directory.enter(recipe, Path(recipe.out), resume=False)
+        run_directory.lock_run_directory(recipe, Path(recipe.out), resume=False)
     assert not Path(recipe.out).parent.exists()
 
 
@@ -206,11 +206,11 @@ def test_of_several_processes_the_first_one_looks_for_all(
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "is_first", lambda: is_first)
     monkeypatch.setattr(processes, "agreed", lambda value: value if is_first else said.pop(0))
-    held = run_directory.enter(recipe, Path(recipe.out), resume=False)
+    held = run_directory.lock_run_directory(recipe, Path(recipe.out), resume=False)
     assert Path(recipe.out).exists() is is_first
     assert held.checkpoint == (None if is_first else Path("a"))
     with pytest.raises(lk.OutputError):
-        run_directory.enter(recipe, Path(recipe.out), resume=False)
+        run_directory.lock_run_directory(recipe, Path(recipe.out), resume=False)
     held.release()
     assert not Path(recipe.out).exists()
 
@@ -226,14 +226,14 @@ def test_out_that_is_a_link_is_not_written_through(
     with pytest.raises(
         lk.OutputError, match=rf"is a link to .*{target}, which is not written through"
     ):
-        run_directory.enter(recipe, Path(recipe.out), resume)
+        run_directory.lock_run_directory(recipe, Path(recipe.out), resume)
     assert not list((tmp_path / "empty").iterdir()) and not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300])
 def test_a_name_that_no_directory_can_have(name: str, recipe: Recipe) -> None:
     with pytest.raises(lk.OutputError):
-        run_directory.enter(recipe, Path(name), resume=False)
+        run_directory.lock_run_directory(recipe, Path(name), resume=False)
 
 
 def test_a_pipe_in_the_place_of_the_recipe_is_said(tmp_path: Path) -> None:

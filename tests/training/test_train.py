@@ -491,12 +491,12 @@ def test_what_torch_says_of_a_full_disk_is_known(tmp_path: Path) -> None:
             try:
                 torch.save(content, path)
             except RuntimeError as error:
-                found |= {writer for writer in training.TORCHS_WRITERS if writer in str(error)} or {
-                    str(error)
-                }
+                found |= {
+                    writer for writer in training.DISK_FULL_MESSAGES if writer in str(error)
+                } or {str(error)}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert found and found <= {*training.TORCHS_WRITERS}
+    assert found and found <= {*training.DISK_FULL_MESSAGES}
 
 
 @pytest.mark.parametrize(
@@ -521,7 +521,7 @@ def test_a_disk_that_fills_up_is_told_with_what_is_left(
     )
     with pytest.raises(
         lk.OutputError,
-        match=rf"cannot write to .*; {left}\. When there is room, go on with: lorakin train",
+        match=rf"cannot write to .*; {left}\. When there is room, resume with: lorakin train",
     ):
         run(recipe)
     assert calls

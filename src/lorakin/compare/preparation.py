@@ -25,7 +25,7 @@ from lorakin.storage import paths
 from lorakin.terminal import labelled
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import with_answers
-from lorakin.training.limits import places_of, row_length
+from lorakin.training.limits import position_count_of_config, row_length
 from lorakin.training.models import config_of, load_tokenizer
 from lorakin.training.precision import resolve_dtype
 from lorakin.training.prepare import check_meant
@@ -75,7 +75,7 @@ def within_positions(comparison: Comparison) -> Comparison:
     Warns once if the user asked for more; otherwise every trial would warn.
     """
     wanted = comparison.base_recipe.max_length
-    length = row_length(places_of(config_of(comparison.model)), wanted)
+    length = row_length(position_count_of_config(config_of(comparison.model)), wanted)
     if length == wanted:
         return comparison
     if "max_length" in comparison.recipe:

@@ -20,7 +20,7 @@ from lorakin.plan.memory import available_of, imported_bytes, parse_memory, size
 from lorakin.plan.prediction import LOADING, QUANTISED, Plan, frozen_step, plan_method
 from lorakin.plan.rehearsal import EVALUATION
 from lorakin.plan.remedies import DEARER, LARGEST_BATCH, doubled_batch, highest_rank, remedies
-from lorakin.training.limits import places_of, row_length
+from lorakin.training.limits import position_count_of_config, row_length
 from lorakin.training.models import config_of
 from lorakin.training.precision import DTYPES, best_device, resolve_dtype
 from lorakin.training.yaml_values import parse_settings
@@ -271,7 +271,7 @@ def _length(model: str, config: Any, max_length: int | None) -> int:
     """Returns the tokens of a row; warns if the user asked for more than the model was made for."""
     wanted = USUAL_LENGTH if max_length is None else max_length
     require(wanted >= 1, f"max_length must be at least 1, not {wanted}")
-    positions = places_of(config)
+    positions = position_count_of_config(config)
     length = row_length(positions, wanted)
     made_for = positions or getattr(config, "max_position_embeddings", None) or length
     if max_length is not None and max_length > made_for:

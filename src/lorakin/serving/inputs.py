@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import ModelError
-from lorakin.training.limits import places
+from lorakin.training.limits import position_count
 
 COUNT, LENGTH = 4, 24
 """How many random inputs there are, and how many tokens each has."""
@@ -59,7 +59,7 @@ def random_inputs(model: Any) -> list[dict[str, Tensor]]:
     name, config = model.main_input_name, model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     tokens = getattr(text, "vocab_size", None)
-    length = min(LENGTH, places(model) or LENGTH)
+    length = min(LENGTH, position_count(model) or LENGTH)
     inputs = []
     for _ in range(COUNT):
         if name == "input_ids" and tokens:

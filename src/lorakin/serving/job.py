@@ -18,7 +18,7 @@ from lorakin.switching import adapters
 from lorakin.training.base_class import BaseClass, kind_for
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import encode, encode_labelled
-from lorakin.training.limits import check_rows, places
+from lorakin.training.limits import check_rows, position_count
 from lorakin.training.models import Loaded, config_of
 from lorakin.training.reading import read_rows
 from lorakin.training.with_adapter import load_with_adapter, recipe_labels
@@ -117,7 +117,7 @@ class ExportJob:
             raise SettingError(
                 f"--data holds text, and {self.name} has no tokenizer to read it with"
             )
-        length = min(LENGTH, places(loaded.model) or LENGTH)
+        length = min(LENGTH, position_count(loaded.model) or LENGTH)
         if rows.is_classification:
             names = loaded.model.config.id2label
             encoded = encode_labelled(

@@ -16,7 +16,7 @@ from lorakin.serving.inputs import inputs_of, is_encoder_decoder, random_inputs,
 from lorakin.training.encoding import prompt_ids
 from lorakin.training.endings import stops
 from lorakin.training.generation_settings import with_settings
-from lorakin.training.limits import places
+from lorakin.training.limits import position_count
 from lorakin.training.models import Loaded
 
 PROMPTS = (
@@ -244,7 +244,7 @@ def _logits_in(output: Any) -> Tensor:
 
 
 def _longest(model: Any) -> int:
-    return min(LONGEST, places(model) or LONGEST)
+    return min(LONGEST, position_count(model) or LONGEST)
 
 
 def _answered_prompts(loaded: Loaded) -> list[list[int]]:

@@ -22,11 +22,11 @@ from lorakin.training.message_words import (
     WORDS,
     Message,
     arguments,
-    found,
-    said,
-    scattered,
+    find_anywhere,
+    find_words,
+    occurs_in_pieces,
     short,
-    standing,
+    spoken_parts,
     with_thoughts,
 )
 from lorakin.training.templates import Template
@@ -63,59 +63,64 @@ class Answers:
         learned = _learned(conversation, loss_on)
         if loss_on == ALL:
             text = self.template.text(messages, tools)
-            self._check_said(messages, text, tools, _learned(conversation, ANSWERS))
+            self._check_all_spoken(messages, text, tools, _learned(conversation, ANSWERS))
             ids = self.template.ids(text)
             return ids, list(ids)
         if not learned:
             ids = self.template.ids(self.template.text(messages, tools))
             return ids, [IGNORED] * len(ids)
 
-        messages = messages[: learned[-1] + 1]  # nothing is learned of what follows
-        prompts = {at: self.template.text(messages[:at], tools, answer_next=True) for at in learned}
-        self._check_said(messages[: learned[-1]], prompts[learned[-1]], tools)
-        for at in learned if self.template.reads_thoughts else ():
-            messages[at] = with_thoughts(messages[at])
-        whole = self.template.text(messages, tools)
+        # Nothing is learned of what follows the last of them.
+        messages = messages[: learned[-1] + 1]
+        prompts = {
+            index: self.template.text(messages[:index], tools, answer_next=True)
+            for index in learned
+        }
+        self._check_all_spoken(messages[: learned[-1]], prompts[learned[-1]], tools)
+        for index in learned if self.template.reads_thoughts else ():
+            messages[index] = with_thoughts(messages[index])
+        text = self.template.text(messages, tools)
         try:
-            spans = [self._span(messages, at, tools, prompts[at], whole) for at in learned]
+            spans = [self._span(messages, index, tools, prompts[index], text) for index in learned]
         except Unverified as reason:
             if len(learned) > 1:
                 raise Unverified(
                     f"{reason}. Train on the last answer alone with --loss-on last, or give "
                     "another template with --chat-template FILE"
                 ) from None
-            return self._alone(messages, prompts[learned[-1]], reason)
-        return labelled(self.template, *self._closed(whole, spans))
+            return self._encode_last_answer(messages, prompts[learned[-1]], reason)
+        return labelled(self.template, *self._with_last_ending(text, spans))
 
     def _span(
-        self, messages: Sequence[Message], at: int, tools: Any, prompt: str, whole: str
+        self, messages: Sequence[Message], index: int, tools: Any, prompt: str, text: str
     ) -> Span:
-        """Returns where in the whole text message `at` is learned, with the end of its turn."""
-        message, number = messages[at], _nth(messages, at)
-        if not whole.startswith(prompt):
+        """Returns where in the whole text message `index` is learned, with the end of its turn."""
+        message, number = messages[index], _answer_number(messages, index)
+        if not text.startswith(prompt):
             raise Unverified(
                 f"generation would send another prompt for answer {number} than the template "
-                f"writes before it in the whole conversation: {_apart(prompt, whole)}"
+                f"writes before it in the whole conversation: {_first_difference(prompt, text)}"
             )
         start = end = len(prompt)
-        for words in said(message):
+        for words in spoken_parts(message):
             # Prefer a match at word boundaries, so that the answer "a" is not found inside the
             # template's "channel".
-            place = standing(words, whole, end) or found(words, whole, end)
+            place = find_words(words, text, end) or find_anywhere(words, text, end)
             if place is None:
                 thought = words in message.get("reasoning_content", "")
                 raise Unverified(
                     f"the template drops or changes what answer {number} says: {short(words)} is "
                     f"not in it{' (its reasoning_content)' if thought else ''}"
                 )
-            if strange := self._strange(whole[end : place[0]], message):
-                raise Unverified(f"the template puts {short(strange)} into answer {number}")
+            if foreign := self._foreign_word(text[end : place[0]], message):
+                raise Unverified(f"the template puts {short(foreign)} into answer {number}")
             end = place[1]
         if message.get("tool_calls"):
-            end = self._call_ends(messages, at, tools, whole, end)
+            end = self._call_ends(messages, index, tools, text, end)
         else:
-            end = self._turn_ends(messages, at, whole, end)
-        lost = [value for value in arguments(message) if found(value, whole[:end], start) is None]
+            end = self._turn_ends(messages, index, text, end)
+        turn = text[:end]
+        lost = [v for v in arguments(message) if find_anywhere(v, turn, start) is None]
         if lost:
             raise Unverified(
                 f"the template drops what a call of answer {number} says: "
@@ -124,52 +129,55 @@ class Answers:
         return start, end
 
     def _call_ends(
-        self, messages: Sequence[Message], at: int, tools: Any, whole: str, spoken: int
+        self, messages: Sequence[Message], index: int, tools: Any, text: str, answer_end: int
     ) -> int:
-        """Returns where a turn with calls ends.
+        """Returns where a turn with calls ends, whose answer's words end at `answer_end`.
 
         That is where the template ends it when nothing follows, or after the next token.
         """
-        number = _nth(messages, at)
-        alone = self.template.text(messages[: at + 1], tools).rstrip()
-        if not whole.startswith(alone) or len(alone) < spoken:
+        number = _answer_number(messages, index)
+        up_to_here = self.template.text(messages[: index + 1], tools).rstrip()
+        if not text.startswith(up_to_here) or len(up_to_here) < answer_end:
             raise Unverified(
                 f"the template writes the calls of answer {number} otherwise when others follow"
             )
-        tokens = self.template.specials.finditer(whole, spoken)
-        token = next((token for token in tokens if token.end() >= len(alone)), None)
-        end = len(alone) if token is None else token.end()
-        if whole[len(alone) : end].strip() not in ("", token.group() if token is not None else ""):
+        tokens = self.template.specials.finditer(text, answer_end)
+        token = next((token for token in tokens if token.end() >= len(up_to_here)), None)
+        end = len(up_to_here) if token is None else token.end()
+        ending = "" if token is None else token.group()
+        if text[len(up_to_here) : end].strip() not in ("", ending):
             raise Unverified(f"no token ends the turn of answer {number}")
-        if strange := self._strange(whole[spoken:end], messages[at]):
-            raise Unverified(f"the template puts {short(strange)} into answer {number}")
+        if foreign := self._foreign_word(text[answer_end:end], messages[index]):
+            raise Unverified(f"the template puts {short(foreign)} into answer {number}")
         return end
 
-    def _turn_ends(self, messages: Sequence[Message], at: int, whole: str, end: int) -> int:
+    def _turn_ends(self, messages: Sequence[Message], index: int, text: str, end: int) -> int:
         """Returns where the turn ends whose answer's words end at `end`."""
-        known = self.template.endings.tokens(self.template.specials)
-        tokens = list(self.template.specials.finditer(whole, end))
-        for token in (*(token for token in tokens if token.group() in known), *tokens[:1]):
-            if not self._strange(whole[end : token.start()], messages[at]):
+        endings = self.template.endings.tokens(self.template.specials)
+        tokens = list(self.template.specials.finditer(text, end))
+        for token in (*(token for token in tokens if token.group() in endings), *tokens[:1]):
+            if not self._foreign_word(text[end : token.start()], messages[index]):
                 return token.end()
-        rest = whole[end:].rstrip()
-        if at == len(messages) - 1 and not self._strange(rest, messages[at]):
+        rest = text[end:].rstrip()
+        if index == len(messages) - 1 and not self._foreign_word(rest, messages[index]):
             return end + len(rest)
-        raise Unverified(f"no token ends the turn of answer {_nth(messages, at)}")
+        raise Unverified(f"no token ends the turn of answer {_answer_number(messages, index)}")
 
-    def _closed(self, whole: str, spans: list[Span]) -> tuple[str, list[Span]]:
+    def _with_last_ending(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Ends the last answer as the template ends others, if it ends in no token."""
         start, end = spans[-1]
-        if any(token.end() == end for token in self.template.specials.finditer(whole, start, end)):
-            return whole, spans
-        whole = whole[:end] + self.template.endings.last
-        return whole, [*spans[:-1], (start, len(whole))]
+        if any(token.end() == end for token in self.template.specials.finditer(text, start, end)):
+            return text, spans
+        text = text[:end] + self.template.endings.last
+        return text, [*spans[:-1], (start, len(text))]
 
-    def _strange(self, between: str, message: Message) -> str | None:
+    def _foreign_word(self, between: str, message: Message) -> str | None:
         """Returns a word that neither the template nor the message has; None if there is none."""
-        written = (json.dumps(message), json.dumps(message, ensure_ascii=False), *said(message))
-        own = {word for part in written for word in WORDS.findall(part)} | self._words
-        return next((word for word in WORDS.findall(between) if word not in own), None)
+        as_json = (json.dumps(message), json.dumps(message, ensure_ascii=False))
+        expected = set(self._words)
+        for part in (*as_json, *spoken_parts(message)):
+            expected.update(WORDS.findall(part))
+        return next((word for word in WORDS.findall(between) if word not in expected), None)
 
     @cached_property
     def _words(self) -> set[str]:
@@ -177,7 +185,7 @@ class Answers:
         source = self.template.source().encode().decode("unicode_escape", errors="ignore")
         return {*WORDS.findall(self.template.source()), *WORDS.findall(source)}
 
-    def _alone(
+    def _encode_last_answer(
         self, messages: Sequence[Message], prompt: str, why: Unverified
     ) -> tuple[list[int], list[int]]:
         """Encodes the prompt that generation would send, and after it the last answer.
@@ -213,9 +221,9 @@ class Answers:
                 f"in the answer (<think>…</think>, which may be empty), or give {quiet}another "
                 "template with --chat-template FILE"
             )
-        return f"{inner['thought'].lstrip()}</think>{inner['said']}"
+        return f"{inner['thought'].lstrip()}</think>{inner['answer']}"
 
-    def _check_said(
+    def _check_all_spoken(
         self, messages: Sequence[Message], prompt: str, tools: Any, learned: Sequence[int] = ()
     ) -> None:
         """Checks that what messages say stands in a text, one after another.
@@ -230,22 +238,23 @@ class Answers:
             raise DataError(
                 "the chat template does not write the row's tools; use a model whose template does"
             )
-        at = 0
+        position = 0
         places: list[Span] = []
         system = [message["role"] in ("system", "developer") for message in messages]
         for number in sorted(range(len(messages)), key=system.__getitem__):
             message, anywhere = messages[number], system[number]
-            for part in [*said(message, thoughts=number in learned), *arguments(message)]:
-                place = standing(part, prompt, 0 if anywhere else at, places if anywhere else ())
-                if place is None and not scattered(part, prompt):
+            for part in [*spoken_parts(message, thoughts=number in learned), *arguments(message)]:
+                start, taken = (0, places) if anywhere else (position, [])
+                place = find_words(part, prompt, start, taken)
+                if place is None and not occurs_in_pieces(part, prompt):
                     raise DataError(
                         f"the chat template drops message {number + 1}, "
                         f"from the {message['role']}: {short(part)}"
                     )
                 if place is not None and not anywhere:
                     places.append(place)
-                    # the parts of a call stand in any order
-                    at = place[0] if message.get("tool_calls") else place[1]
+                    # The parts of a call stand in any order.
+                    position = place[0] if message.get("tool_calls") else place[1]
 
     def _without_tools(self, messages: Sequence[Message]) -> str:
         try:
@@ -261,22 +270,22 @@ def _learned(conversation: Conversation, loss_on: str) -> list[int]:
     """
     pairs = zip(conversation.messages, conversation.learned, strict=True)
     learned = [
-        at
-        for at, (message, flag) in enumerate(pairs)
-        if at and message["role"] == "assistant" and flag is not False
+        index
+        for index, (message, flag) in enumerate(pairs)
+        if index and message["role"] == "assistant" and flag is not False
         and (message["content"].strip() or message.get("tool_calls"))
     ]  # fmt: skip
     return learned[-1:] if loss_on == LAST else learned
 
 
-def _nth(messages: Sequence[Message], at: int) -> int:
-    """Returns which of the answers message `at` is, counted from 1."""
-    return sum(message["role"] == "assistant" for message in messages[: at + 1])
+def _answer_number(messages: Sequence[Message], index: int) -> int:
+    """Returns which of the answers message `index` is, counted from 1."""
+    return sum(message["role"] == "assistant" for message in messages[: index + 1])
 
 
-def _apart(prompt: str, whole: str) -> str:
+def _first_difference(prompt: str, text: str) -> str:
     """Returns where two texts part, in a few words of each."""
-    pairs = enumerate(zip(prompt, whole, strict=False))
-    at = next((n for n, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
-    begin = max(0, at - 10)
-    return f"{short(prompt[begin : begin + 40])} and {short(whole[begin : begin + 40])}"
+    pairs = enumerate(zip(prompt, text, strict=False))
+    index = next((n for n, (a, b) in pairs if a != b), min(len(prompt), len(text)))
+    begin = max(0, index - 10)
+    return f"{short(prompt[begin : begin + 40])} and {short(text[begin : begin + 40])}"

@@ -40,11 +40,11 @@ class BaseClass:
         """Returns the settings of the model's config that hold its labels."""
         if self.labels is None:
             return {}
-        named = dict(enumerate(self.labels))
+        by_number = dict(enumerate(self.labels))
         return {
-            "num_labels": len(named),
-            "id2label": named,
-            "label2id": {label: number for number, label in named.items()},
+            "num_labels": len(by_number),
+            "id2label": by_number,
+            "label2id": {label: number for number, label in by_number.items()},
         }
 
     def skeleton(self, config: Any) -> Any:
@@ -53,26 +53,27 @@ class BaseClass:
         Raises:
             ModelError: the config is of no such model.
         """
-        own = copy.deepcopy(config)
+        config = copy.deepcopy(config)
         if self.labels is not None:
-            own.id2label = self.settings()["id2label"]
-            own.label2id = self.settings()["label2id"]
+            config.id2label = self.settings()["id2label"]
+            config.label2id = self.settings()["label2id"]
         what = f"{type(config).__name__} is the config of no model for {self.cls.__name__}"
         with loading.as_model_error(what), torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
-            model = loading.model_from_config(self.cls, own)
+            # Initialisers warn that they find nothing to initialise.
+            warnings.simplefilter("ignore", UserWarning)
+            model = loading.model_from_config(self.cls, config)
         _forget_values(model)
         return model
 
 
 def _forget_values(model: nn.Module) -> None:
     """Moves to the meta device the parameters that a model makes elsewhere all the same."""
-    made: dict[int, nn.Parameter] = {}
+    on_meta: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
-                there = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-                module._parameters[name] = made.setdefault(id(parameter), there)
+                moved = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                module._parameters[name] = on_meta.setdefault(id(parameter), moved)
 
 
 def kind_for(files: AdapterFiles, config: Any, labels: Sequence[str] | None = None) -> BaseClass:
@@ -125,8 +126,8 @@ def _recorded_class(files: AdapterFiles) -> Any:
 
 def _auto_mapping_class(files: AdapterFiles) -> list[Any]:
     """Returns the class in the `auto_mapping` that PEFT writes if it knows no task."""
-    said = files.config.get("auto_mapping")
-    return [said.get("base_model_class")] if isinstance(said, dict) else []
+    mapping = files.config.get("auto_mapping")
+    return [mapping.get("base_model_class")] if isinstance(mapping, dict) else []
 
 
 def _labels(cls: Any, files: AdapterFiles, config: Any) -> list[str] | None:

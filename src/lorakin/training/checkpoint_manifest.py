@@ -2,7 +2,7 @@
 
 It is begun before the first part is written, and written last: step, run, versions, and the SHA-256
 of every part. A checkpoint whose manifest was only begun was cut off. One whose parts are not those
-of its manifest is damaged, and training does not go on from it.
+of its manifest is damaged, and no run is resumed from it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorakin.storage.card import CARD
 from lorakin.storage.lorakin_part import CHECKSUM, checksum
 
 MANIFEST, FORMAT = "lorakin-checkpoint.json", 1
-FORM = {
+FIELD_TYPES = {
     "is_whole": bool,
     "step": int,
     "processes": int,
@@ -37,7 +37,7 @@ FORM = {
 """The keys of a whole checkpoint's manifest, and the types of their values."""
 RECIPE, ROWS = "recipe", "rows"
 """Keys under which a run says its settings, and the digest of its tokenised rows."""
-OPEN = (None, "auto")
+UNDECIDED = (None, "auto")
 """Values of a recipe that leave the choice to lorakin, so they contradict nothing."""
 
 
@@ -65,13 +65,13 @@ class Manifest:
             raise SettingError(
                 f"{self.folder} is not a checkpoint of lorakin train, so it cannot be resumed here"
             )
-        then, now = self.run.get(RECIPE, {}), json.loads(json.dumps(run.get(RECIPE, {})))
-        for name in [name for name in now if name in then]:
-            if now[name] not in OPEN and now[name] != then[name]:
+        saved, present = self.run.get(RECIPE, {}), json.loads(json.dumps(run.get(RECIPE, {})))
+        for name in [name for name in present if name in saved]:
+            if present[name] not in UNDECIDED and present[name] != saved[name]:
                 raise SettingError(
-                    f"{self.folder} was made with {name}={then[name]!r}, and the recipe says "
-                    f"{now[name]!r}, so it is of another run; put the recipe back as it was, or "
-                    "start over in another --out"
+                    f"{self.folder} was made with {name}={saved[name]!r}, and the recipe says "
+                    f"{present[name]!r}, so it is of another run; put the recipe back as it was, "
+                    "or start over in another --out"
                 )
         if self.run.get(ROWS, run.get(ROWS)) != run.get(ROWS, self.run.get(ROWS)):
             raise DataError(
@@ -80,12 +80,16 @@ class Manifest:
             )
 
     def check_versions(self) -> None:
-        """Warns if other versions of the software began: the numbers may come out differently."""
-        there = [(name, self.versions.get(name), now) for name, now in versions().items()]
-        if changed := [f"{name} {then}, now {now}" for name, then, now in there if then != now]:
+        """Warns if the run was begun with other versions: its numbers may come out differently."""
+        changed = [
+            f"{name} {self.versions.get(name)}, now {version}"
+            for name, version in versions().items()
+            if self.versions.get(name) != version
+        ]
+        if changed:
             warnings.warn(
-                f"{self.folder} was made by {'; '.join(changed)}. Training goes on, but what comes "
-                "out need not be what the uninterrupted run would have come to",
+                f"{self.folder} was made by {'; '.join(changed)}. Training is resumed, but "
+                "its result may differ from that of the uninterrupted run",
                 LorakinWarning,
                 stacklevel=2,
             )
@@ -114,7 +118,7 @@ def seal(folder: Path, step: int, processes: int, run: Mapping[str, Any]) -> Non
         processes: how many processes train.
         run: what the run says of itself; see `Manifest.check_run`.
     """
-    said = {
+    manifest = {
         "format": FORMAT,
         "is_whole": True,
         "step": step,
@@ -122,44 +126,46 @@ def seal(folder: Path, step: int, processes: int, run: Mapping[str, Any]) -> Non
         "run": dict(run),
         "versions": versions(),
     }
-    _write(folder, {**said, "parts": {name: _digest(folder / name) for name in _parts(folder)}})
+    digests = {name: _digest(folder / name) for name in _parts(folder)}
+    _write(folder, {**manifest, "parts": digests})
 
 
-def opened(folder: Path) -> Manifest:
-    """Returns the manifest of a checkpoint, once every part was seen to be the one that was saved.
+def verified(folder: Path) -> Manifest:
+    """Returns the manifest of a checkpoint whose parts are all as they were saved.
 
     Raises:
         AdapterError: it has none, it was cut off, or a part is missing, another, or was not saved
             with it. Says what to do.
     """
-    said = manifest_in(folder)
-    if said is None:
+    manifest = manifest_in(folder)
+    if manifest is None:
         raise AdapterError(
             f"{folder} has no {MANIFEST}: an earlier lorakin made it, or it was lost. Nothing "
-            "tells whether its parts belong together, so training does not go on from it. "
+            "tells whether its parts belong together, so training cannot be resumed from it. "
             f"{_instead(folder)}"
         )
-    if not said["is_whole"]:
+    if not manifest["is_whole"]:
         raise AdapterError(f"{folder} is not whole: its save was cut off. {_instead(folder)}")
-    if (named := number_of(folder)) not in (None, said["step"]):
+    step = manifest["step"]
+    if (number := number_of(folder)) not in (None, step):
         raise AdapterError(
-            f"{folder} is the checkpoint of step {said['step']}, not {named}. {_instead(folder)}"
+            f"{folder} is the checkpoint of step {step}, not {number}. {_instead(folder)}"
         )
-    for name, digest in said["parts"].items():
+    for name, digest in manifest["parts"].items():
         part, pure = folder / name, PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
-            raise _damaged(folder, f"its {MANIFEST} names what is no part of it ({name[:80]})")
+            raise _damaged(folder, f"its {MANIFEST} names a part outside of it ({name[:80]})")
         if not part.is_file():
             raise _damaged(folder, f"{name} is missing")
         if _digest(part) != digest:
             raise _damaged(folder, f"{name} is not the one that was saved in it")
-    # the Trainer might load a file that was not saved
-    if strange := [name for name in _parts(folder) if name not in said["parts"]]:
+    # The Trainer might load a file that was not saved.
+    if unknown := [name for name in _parts(folder) if name not in manifest["parts"]]:
         raise AdapterError(
-            f"{folder} holds {some(strange)}, which was not saved in it. "
-            "To go on from it, take that out"
+            f"{folder} holds {some(unknown)}, which was not saved in it. "
+            "To resume from it, take that out"
         )
-    return Manifest(folder, said["step"], said["processes"], said["run"], said["versions"])
+    return Manifest(folder, step, manifest["processes"], manifest["run"], manifest["versions"])
 
 
 def manifest_in(folder: Path) -> dict[str, Any] | None:
@@ -170,31 +176,31 @@ def manifest_in(folder: Path) -> dict[str, Any] | None:
     """
     try:
         content = atomic.read(folder, [MANIFEST]).get(MANIFEST)
-        said = None if content is None else dict(json.loads(content))
+        manifest = None if content is None else dict(json.loads(content))
     except (ValueError, TypeError, RecursionError):
         raise _damaged(folder, f"its {MANIFEST} cannot be read") from None
-    if said is None:
+    if manifest is None:
         return None
-    if said.get(CHECKSUM) != checksum(said):
+    if manifest.get(CHECKSUM) != checksum(manifest):
         raise _damaged(folder, f"its {MANIFEST} was edited or is corrupted")
-    if said.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise AdapterError(
-            f"{folder / MANIFEST}: format {said.get('format')!r}, this version reads {FORMAT}; "
+            f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}; "
             "update lorakin"
         )
-    has_all = all(isinstance(said.get(key), kind) for key, kind in FORM.items())
-    if said.get("is_whole") is not False and not has_all:
+    has_all = all(isinstance(manifest.get(key), kind) for key, kind in FIELD_TYPES.items())
+    if manifest.get("is_whole") is not False and not has_all:
         raise _damaged(folder, f"its {MANIFEST} does not say what a manifest says")
-    return said
+    return manifest
 
 
 def is_whole(folder: Path) -> bool:
     """Returns whether a checkpoint was saved to its end, as its manifest says."""
     try:
-        said = manifest_in(folder)
+        manifest = manifest_in(folder)
     except AdapterError:
         return False
-    return said is not None and bool(said["is_whole"])
+    return manifest is not None and bool(manifest["is_whole"])
 
 
 def number_of(folder: Path) -> int | None:
@@ -214,14 +220,14 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted((number, path) for number, path in pairs if number is not None)
 
 
-def _write(folder: Path, said: Mapping[str, Any]) -> None:
-    content = json.dumps({**said, CHECKSUM: checksum(said)}, indent=1) + "\n"
+def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    content = json.dumps({**manifest, CHECKSUM: checksum(manifest)}, indent=1) + "\n"
     atomic.write(folder, {MANIFEST: content.encode()})
 
 
 def _damaged(folder: Path, how: str) -> AdapterError:
     return AdapterError(
-        f"{folder} is damaged: {how}. Training does not go on from it. {_instead(folder)}"
+        f"{folder} is damaged: {how}. Training cannot be resumed from it. {_instead(folder)}"
     )
 
 
@@ -230,7 +236,7 @@ def _instead(folder: Path) -> str:
     before = number_of(folder) or 0
     older = [path for number, path in numbered(folder.parent) if path != folder and number < before]
     if whole := [path for path in older if is_whole(path)]:
-        return f"To go on from {whole[-1].name}, delete {folder}"
+        return f"To resume from {whole[-1].name}, delete {folder}"
     return "There is no older one that is whole: delete it to begin again, or start over elsewhere"
 
 

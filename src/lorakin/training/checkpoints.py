@@ -20,8 +20,8 @@ from lorakin.training.checkpoint_manifest import (
     manifest_in,
     number_of,
     numbered,
-    opened,
     unseal,
+    verified,
 )
 
 STATE = "trainer_state.json"
@@ -69,16 +69,17 @@ def links(folder: Path) -> Iterator[Path]:
 def last_checkpoint(folder: Path) -> Path | None:
     """Returns the checkpoint of the last step that was saved to its end, None if there is none.
 
-    `opened` tells whether its parts are sound.
+    `verified` tells whether its parts are sound.
 
     Raises:
         AdapterError: one of a later step has no manifest, or a damaged one.
     """
     for _, path in reversed(numbered(folder)):
-        said = manifest_in(path)
-        if said is None and not _is_empty(path):
-            opened(path)  # raises, and says what is wrong
-        if said is not None and said["is_whole"]:
+        manifest = manifest_in(path)
+        if manifest is None and not _is_empty(path):
+            # It raises, and says what is wrong.
+            verified(path)
+        if manifest is not None and manifest["is_whole"]:
             return path
     return None
 
@@ -101,12 +102,14 @@ def rotate(folder: Path, step: int, limit: int | None, best: str | None) -> None
     ours = [
         (number, path) for number, path in numbered(folder) if number <= step and _is_ours(path)
     ]
-    kept = Path(best) if best is not None else None
-    spare = [path for number, path in ours if number != step and path != kept]
+    best_path = Path(best) if best is not None else None
+    spare = [path for number, path in ours if number != step and path != best_path]
     spare.sort(key=lambda path: (is_whole(path), number_of(path)))
     for path in spare[: max(0, len(ours) - limit)]:
-        with contextlib.suppress(OSError):  # the run can go on
-            unseal(path)  # what a kill leaves would look damaged otherwise
+        # The run can continue if this fails.
+        with contextlib.suppress(OSError):
+            # Otherwise what a kill leaves would look damaged.
+            unseal(path)
             _empty(path)
             shutil.rmtree(path)
 

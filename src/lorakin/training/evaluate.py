@@ -20,7 +20,7 @@ from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.generation_settings import nan_error
-from lorakin.training.limits import check_rows, places, row_length, warn_cut
+from lorakin.training.limits import check_rows, position_count, row_length, warn_cut
 from lorakin.training.models import Loaded, stored_labels
 from lorakin.training.reading import DataRows, read_rows
 from lorakin.training.token_labels import IGNORED
@@ -148,7 +148,7 @@ def evaluate_rows(
     rows = read_rows(name, columns, layout)
     loaded = _loaded_for(rows, model, adapter, dtype, other_base, quantize)
     tokenizer = loaded.tokenizer
-    length = row_length(places(loaded.model), max_length)
+    length = row_length(position_count(loaded.model), max_length)
     if rows.is_classification:
         names = loaded.model.config.id2label
         encoded = encode_labelled(rows, tokenizer, length, [names[n] for n in sorted(names)])

@@ -13,7 +13,7 @@ from lorakin.terminal import visible
 from lorakin.training.encoding import Encoder
 from lorakin.training.endings import end_of_turn_text, stops
 from lorakin.training.generation_settings import StopAtNaN, with_settings
-from lorakin.training.limits import check_prompt, places
+from lorakin.training.limits import check_prompt, position_count
 from lorakin.training.models import Loaded
 
 COOLEST, HOTTEST = 1e-4, 1e4
@@ -53,7 +53,7 @@ def answer(
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
     encoder = Encoder(tokenizer)
     asked = encoder.prompt(prompt) if chat_template else encoder.opened(prompt)
-    longest = min(max_new_tokens, _places_left(loaded, asked))
+    longest = min(max_new_tokens, _positions_left(loaded, asked))
 
     template = encoder.template if chat_template else None
     text = end_of_turn_text(template)
@@ -77,8 +77,8 @@ def answer(
             logits_processor=transformers.LogitsProcessorList([StopAtNaN(loaded.name)]),
             streamer=streamer,
         )
-    said: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return said.strip() if text is None else said.strip().removesuffix(text).strip()
+    reply: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return reply.strip() if text is None else reply.strip().removesuffix(text).strip()
 
 
 def _check(loaded: Loaded, temperature: float) -> None:
@@ -94,7 +94,7 @@ def _check(loaded: Loaded, temperature: float) -> None:
         )
 
 
-def _places_left(loaded: Loaded, asked: list[int]) -> int:
+def _positions_left(loaded: Loaded, asked: list[int]) -> int:
     """Returns how many positions the model has after a prompt's tokens.
 
     Raises:
@@ -102,13 +102,13 @@ def _places_left(loaded: Loaded, asked: list[int]) -> int:
         DataError: a token that the embedding has no row for.
     """
     check_prompt(asked, loaded)
-    there = places(loaded.model)
-    if there is not None and len(asked) >= there:
+    positions = position_count(loaded.model)
+    if positions is not None and len(asked) >= positions:
         raise ModelError(
-            f"the prompt has {len(asked)} tokens, and {loaded.name} has positions for {there}, "
+            f"the prompt has {len(asked)} tokens, and {loaded.name} has positions for {positions}, "
             "the answer's included"
         )
-    return sys.maxsize if there is None else there - len(asked)
+    return sys.maxsize if positions is None else positions - len(asked)
 
 
 class _Streamer(transformers.TextStreamer):

@@ -99,10 +99,10 @@ def check_shapes(
         ModelError: one is elsewhere, where no number of classes explains it.
     """
     keys = []
-    for key, held, expected in sorted(mismatched, key=str):
+    for key, stored, expected in sorted(mismatched, key=str):
         if not any(key.startswith(f"{head}.") for head in heads):
             raise ModelError(
-                f"model {name!r} stores {key} as {tuple(held)}, and its config makes a "
+                f"model {name!r} stores {key} as {tuple(stored)}, and its config makes a "
                 f"{type(model).__name__} in which it is {tuple(expected)}; are both of one model?"
             )
         keys.append(key)
@@ -137,9 +137,9 @@ def fit(
     """
     if stored is None:
         return None
-    held, here = f"{len(stored)} classes ({some(stored)})", f"{len(wanted)} ({some(wanted)})"
+    of_base, of_data = f"{len(stored)} classes ({some(stored)})", f"{len(wanted)} ({some(wanted)})"
     if mismatched:
-        return f"the base's head is for {held}, the data has {here}, {NEW}"
+        return f"the base's head is for {of_base}, the data has {of_data}, {NEW}"
     if list(stored) == list(wanted) or all(NAMELESS.fullmatch(name) for name in stored):
         return None
     if set(stored) == set(wanted) and len(set(wanted)) == len(wanted):
@@ -149,7 +149,7 @@ def fit(
             f"it is put into the data's ({some(wanted)})"
         )
     _renew(model)
-    return f"the base's head is for other classes ({some(stored)}), the data has {here}, {NEW}"
+    return f"the base's head is for other classes ({some(stored)}), the data has {of_data}, {NEW}"
 
 
 def _reorder(model: Any, order: torch.Tensor) -> None:

@@ -13,13 +13,15 @@ from torch import nn
 from lorakin.errors import DataError, LorakinWarning, ModelError
 from lorakin.training.base_class import BaseClass
 
-TABLE = re.compile(r"wpe|(.*_)?pos(itions?)?(_emb.*|_enc.*)?|position_embeds_layer|embed_positions")
+POSITION_TABLES = re.compile(
+    r"wpe|(.*_)?pos(itions?)?(_emb.*|_enc.*)?|position_embeds_layer|embed_positions"
+)
 """Names of modules and tensors that hold a vector for each position."""
-ELSEWHERE = re.compile(r"(^|[._])(vision|visual|image|audio|speech|rel|relative|box|patch)")
+NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech|rel|relative|box|patch)")
 """In the path of one whose positions are not those of a text's tokens."""
 
 
-def places(model: nn.Module) -> int | None:
+def position_count(model: nn.Module) -> int | None:
     """Returns how many tokens a row may have: the rows of the model's table of positions.
 
     None if it has no such table. Learned and absolute positions have one (BERT, GPT-2, OPT, GPT-J);
@@ -31,7 +33,9 @@ def places(model: nn.Module) -> int | None:
     for path, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
         if _is_table(path) and getattr(weight, "ndim", 0) == 2:
-            counts.append(getattr(module, "num_embeddings", weight.shape[0]) - _first(module))
+            counts.append(
+                getattr(module, "num_embeddings", weight.shape[0]) - _first_position(module)
+            )
     for path, tensor in [*model.named_buffers(), *model.named_parameters()]:
         if _is_table(path) and tensor.ndim == 2 and tensor.shape[0] > 1:
             counts.append(tensor.shape[0])
@@ -43,23 +47,23 @@ def places(model: nn.Module) -> int | None:
     return min(counts, default=None)
 
 
-def places_of(config: Any) -> int | None:
-    """Returns `places` of the model with this config, whatever its head; None if there is none."""
+def position_count_of_config(config: Any) -> int | None:
+    """Returns the `position_count` of a model with this config, whatever its head."""
     try:
-        return places(BaseClass(transformers.AutoModel).skeleton(config))
+        return position_count(BaseClass(transformers.AutoModel).skeleton(config))
     except ModelError:
         return None
 
 
-def row_length(there: int | None, wanted: int) -> int:
-    """Returns at how many tokens rows are cut: `wanted`, or `there` if the model has fewer places.
+def row_length(positions: int | None, wanted: int) -> int:
+    """Returns at how many tokens rows are cut: `wanted`, or the model's `positions` if fewer.
 
     More is not refused: `wanted` is often a default, or another model's, and only one value works.
 
     >>> row_length(512, 1024)
     512
     """
-    return wanted if there is None else min(wanted, there)
+    return wanted if positions is None else min(wanted, positions)
 
 
 def warn_cut(length: int, wanted: int, name: str, *examples: Iterable[Mapping[str, Any]]) -> None:
@@ -102,7 +106,7 @@ def check_rows(
             _refuse(over, rows, loaded, row)
     made_for = getattr(loaded.model.config, "max_position_embeddings", None)
     longest = max((len(example["input_ids"]) for example in examples), default=0)
-    if isinstance(made_for, int) and longest > made_for and places(loaded.model) is None:
+    if isinstance(made_for, int) and longest > made_for and position_count(loaded.model) is None:
         warnings.warn(
             f"{source}: the longest row has {longest} tokens, and {loaded.name} was made for "
             f"{made_for}: it can read on, but was not trained to; --max-length cuts rows",
@@ -142,10 +146,13 @@ def _embedding_rows(model: Any) -> int | None:
 
 
 def _is_table(path: str) -> bool:
-    return TABLE.fullmatch(path.rpartition(".")[2]) is not None and ELSEWHERE.search(path) is None
+    return (
+        POSITION_TABLES.fullmatch(path.rpartition(".")[2]) is not None
+        and NOT_TEXT.search(path) is None
+    )
 
 
-def _first(table: Any) -> int:
+def _first_position(table: Any) -> int:
     """Returns the row of the first position."""
     if (padding := getattr(table, "padding_idx", None)) is not None:
         return int(padding) + 1

@@ -7,16 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-THOUGHTS = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<said>.*)", re.DOTALL)
+THOUGHTS = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
 WORDS = re.compile(r"\w+")
 
 Message = Mapping[str, Any]
 
 
-def said(message: Message, thoughts: bool = True) -> Iterator[str]:
+def spoken_parts(message: Message, thoughts: bool = True) -> Iterator[str]:
     """Yields what a message says, in its order: its reasoning, its text, the names of its calls.
 
-    >>> list(said({"role": "assistant", "content": "<think>hm</think>Yes"}))
+    >>> list(spoken_parts({"role": "assistant", "content": "<think>hm</think>Yes"}))
     ['hm', 'Yes']
 
     Args:
@@ -28,7 +28,7 @@ def said(message: Message, thoughts: bool = True) -> Iterator[str]:
     parts = []
     if thoughts:
         parts = [message.get("reasoning_content", ""), thought["thought"] if thought else ""]
-    parts.append(thought["said"] if thought else content)
+    parts.append(thought["answer"] if thought else content)
     yield from (part.strip() for part in parts if part.strip())
     for call in message.get("tool_calls", ()):
         yield call["function"]["name"]
@@ -50,31 +50,31 @@ def arguments(message: Message) -> Iterator[str]:
 
 def with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
     """Returns a message with the <think>…</think> of its content as `reasoning_content`."""
-    found = THOUGHTS.fullmatch(message["content"]) if message["role"] == "assistant" else None
-    if found is None or message.get("reasoning_content") or not found["thought"].strip():
+    match = THOUGHTS.fullmatch(message["content"]) if message["role"] == "assistant" else None
+    if match is None or message.get("reasoning_content") or not match["thought"].strip():
         return message
     return {
         **message,
-        "reasoning_content": found["thought"].strip("\n"),
-        "content": found["said"].lstrip("\n"),
+        "reasoning_content": match["thought"].strip("\n"),
+        "content": match["answer"].lstrip("\n"),
     }
 
 
-def found(words: str, text: str, start: int) -> tuple[int, int] | None:
-    """Returns where words stand in a text from `start` on, as they are or as JSON writes them."""
+def find_anywhere(words: str, text: str, start: int) -> tuple[int, int] | None:
+    """Returns where a text has words from `start` on, as they are or as JSON writes them."""
     words = words.strip()
     for written in (words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]):
-        if (at := text.find(written, start)) >= 0:
-            return at, at + len(written)
+        if (position := text.find(written, start)) >= 0:
+            return position, position + len(written)
     return None
 
 
-def standing(
+def find_words(
     words: str, text: str, start: int, taken: Sequence[tuple[int, int]] = ()
 ) -> tuple[int, int] | None:
-    """Returns the first place from `start` on where words stand by themselves.
+    """Returns the first place from `start` on where words stand between word boundaries.
 
-    >>> standing("a", "channel a", 0)
+    >>> find_words("a", "channel a", 0)
     (8, 9)
 
     Args:
@@ -83,19 +83,21 @@ def standing(
         start: the first character that counts.
         taken: places that do not count.
     """
-    while (place := found(words, text, start)) is not None:
+    while (place := find_anywhere(words, text, start)) is not None:
         edges = ((place[0] - 1, place[0]), (place[1] - 1, place[1]))
-        inside = any(
+        is_in_a_word = any(
             a >= 0 and b < len(text) and WORDS.fullmatch(text[a]) and WORDS.fullmatch(text[b])
             for a, b in edges
         )
-        if not inside and not any(place[0] < end and begin < place[1] for begin, end in taken):
+        if not is_in_a_word and not any(
+            place[0] < end and begin < place[1] for begin, end in taken
+        ):
             return place
         start = place[0] + 1
     return None
 
 
-def scattered(part: str, text: str) -> bool:
+def occurs_in_pieces(part: str, text: str) -> bool:
     """Returns whether `text` has all words of a JSON text: templates rewrite tools' results."""
     return part.lstrip()[:1] in ("{", "[") and all(word in text for word in WORDS.findall(part))
 

@@ -32,7 +32,7 @@ from lorakin.training.reading import DataRows
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import write_recipe
 from lorakin.training.run import PreparedRun
-from lorakin.training.run_directory import Held
+from lorakin.training.run_directory import RunDirectoryLock
 from lorakin.training.run_report import show_rows, show_run
 from lorakin.training.templates import Template
 from lorakin.training.tokens import rows_of
@@ -49,20 +49,22 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> PreparedR
     Args:
         recipe: the settings.
         console: where the user is told about the run.
-        resume: whether to go on from the last checkpoint in the output directory.
+        resume: whether to resume from the last checkpoint in the output directory.
 
     Raises:
         LorakinError: whatever is wrong, before anything is trained or written.
     """
-    place = run_directory.enter(recipe, paths.user_path(recipe.out, "--out"), resume)
+    directory_lock = run_directory.lock_run_directory(
+        recipe, paths.user_path(recipe.out, "--out"), resume
+    )
     try:
-        return _prepared(recipe, console, place)
+        return _prepared(recipe, console, directory_lock)
     except BaseException:
-        place.release()
+        directory_lock.release()
         raise
 
 
-def _prepared(recipe: Recipe, console: Console, place: Held) -> PreparedRun:
+def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock) -> PreparedRun:
     method = recipe.build()
     recipe = dataclasses.replace(recipe, lr=recipe.lr or method.learning_rate)
     _check_schedule(recipe, recipe.steps)
@@ -82,18 +84,18 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> PreparedRun:
     if recipe.fuse:
         fuse(loaded.model)
     wanted = recipe.max_length
-    length = limits.row_length(limits.places(loaded.model), wanted)
+    length = limits.row_length(limits.position_count(loaded.model), wanted)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, max_length=length)
     recipe, template = _with_template(recipe, loaded, rows)
     train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
     limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
 
     out = Path(recipe.out).expanduser()
-    run = PreparedRun(recipe, out, loaded, train, held_out, labels, place, console)
+    run = PreparedRun(recipe, out, loaded, train, held_out, labels, directory_lock, console)
     method.resolved(run.total_steps)
     _check_schedule(recipe, run.total_steps)
     schedules.check_evaluations(
-        recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints
+        recipe.schedule, recipe.schedule_args, run.total_steps // run.checkpoint_interval
     )
     _place_adapter(run, method, template)
     show_run(run)

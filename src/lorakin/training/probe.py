@@ -70,8 +70,8 @@ def measured_by(run: PreparedRun, method: Method) -> dict[str, Any]:
         return {}
     batches = probe_batches(run, most=member.batches or MOST_BATCHES)
     needs = " and ".join(sorted(member.needs))
-    said = f"{member.word} looks at {needs} on up to {len(batches)} batches before it starts"
-    run.console.print(labelled("probe  ", said))
+    line = f"{member.word} looks at {needs} on up to {len(batches)} batches before it starts"
+    run.console.print(labelled("probe  ", line))
     return {"probe": batches, "loss": probe_loss(run)}
 
 
@@ -90,10 +90,10 @@ def measure_importance(
     Raises:
         OutputError: the importances cannot be written.
     """
-    found = processes.agreed(importance_in(run.out) or _measured(run, method, where))
-    content = (json.dumps(found, indent=1) + "\n").encode()
+    shares = processes.agreed(importance_in(run.out) or _measured(run, method, where))
+    content = (json.dumps(shares, indent=1) + "\n").encode()
     processes.first_writes(lambda: atomic.write(run.out, {IMPORTANCE: content}))
-    return found
+    return shares
 
 
 def _measured(run: PreparedRun, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
@@ -104,6 +104,6 @@ def _measured(run: PreparedRun, method: Method, where: Mapping[str, Any]) -> dic
     passes = f"{probe.epochs} passes over {rows} examples ({len(batches)} batches)"
     run.console.print(labelled("probe  ", f"{passes}: which modules matter?"))
     model, rate = run.loaded.model, run.recipe.lr
-    found = importance(model, method, batches, loss=probe_loss(run), lr=rate, **where)
-    run.console.print(importance_table(method.with_importance(found), found))
-    return found
+    shares = importance(model, method, batches, loss=probe_loss(run), lr=rate, **where)
+    run.console.print(importance_table(method.with_importance(shares), shares))
+    return shares

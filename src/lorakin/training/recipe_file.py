@@ -27,7 +27,7 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
         SettingError: no such file; not YAML; an unknown or wrong setting; no model, data or out.
     """
     settings = settings_in(path) if path is not None else {}
-    given = said(flags)
+    given = without_empty(flags)
     if "steps" in given:
         settings.pop("epochs", None)
     if "epochs" in given:
@@ -47,10 +47,10 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
     return Recipe(**settings)
 
 
-def said(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the flags that say something.
+def without_empty(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flags that have a value.
 
-    >>> said({"rank": 8, "alpha": None, "targets": []})
+    >>> without_empty({"rank": 8, "alpha": None, "targets": []})
     {'rank': 8}
     """
     return {name: value for name, value in flags.items() if value not in (None, [], {})}
@@ -83,6 +83,6 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
         OutputError: the file cannot be written.
     """
     header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
-    settings = said(dataclasses.asdict(recipe))
+    settings = without_empty(dataclasses.asdict(recipe))
     text = header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     atomic.write(path.parent, {path.name: text.encode()})

@@ -18,7 +18,7 @@ from lorakin.training.encoding import Encoded
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded
 from lorakin.training.recipe import Recipe
-from lorakin.training.run_directory import Held
+from lorakin.training.run_directory import RunDirectoryLock
 
 
 @dataclasses.dataclass
@@ -32,7 +32,7 @@ class PreparedRun:
         train: the rows to train on, tokenised.
         held_out: the rows to evaluate on, tokenised.
         labels: a classifier's classes, None for a language model.
-        place: the hold on the directory, with the checkpoint to resume from.
+        directory_lock: the lock of the directory, with the checkpoint to resume from.
         console: where the user is told about the run.
         adapter: the adapter, once it is placed.
     """
@@ -43,14 +43,14 @@ class PreparedRun:
     train: Encoded
     held_out: Encoded
     labels: list[str] | None
-    place: Held
+    directory_lock: RunDirectoryLock
     console: Console
     adapter: Adapter = dataclasses.field(init=False)
 
     @property
     def checkpoint(self) -> Path | None:
         """The checkpoint that the run resumes from, None for a new run."""
-        return self.place.checkpoint
+        return self.directory_lock.checkpoint
 
     @property
     def rows_per_step(self) -> int:
@@ -59,18 +59,18 @@ class PreparedRun:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """The optimizer steps of the whole run."""
         per_epoch = math.ceil(len(self.train.examples) / self.rows_per_step)
         return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
 
     @functools.cached_property
-    def rows(self) -> int:
+    def rows_digest(self) -> int:
         """A digest of the tokenised rows: other rows have another one."""
         return digest(self.train.examples, self.held_out.examples)
 
     @property
-    def between_checkpoints(self) -> int:
-        """Steps between two checkpoints: `save_every`, or a fifth of the run."""
+    def checkpoint_interval(self) -> int:
+        """The number of steps between two checkpoints: `save_every`, or a fifth of the run."""
         return self.recipe.save_every or max(1, self.total_steps // 5)
 
     def collator(self) -> Any:

@@ -12,14 +12,14 @@ from lorakin.errors import OutputError, SettingError
 from lorakin.storage import locks, paths
 from lorakin.training import checkpoint_manifest, checkpoints, processes
 from lorakin.training.recipe import Recipe
-from lorakin.training.recipe_file import read_recipe, said, settings_in
+from lorakin.training.recipe_file import read_recipe, settings_in, without_empty
 
 RECIPE, CHECKPOINTS, LOCK = "recipe.yaml", "checkpoints", ".lock"
 METRICS, PICTURE = "metrics.jsonl", "loss.png"
 
 
-class Held:
-    """The hold on a run's directory: until it is released, no other run works there.
+class RunDirectoryLock:
+    """The lock of a run's directory: until it is released, no other run works there.
 
     Of several processes the first one holds the lock, for all.
 
@@ -44,35 +44,36 @@ class Held:
         self.lock, self.made = None, []
 
 
-def enter(recipe: Recipe, out: Path, resume: bool) -> Held:
-    """Holds a directory for a run, once it may be used.
+def lock_run_directory(recipe: Recipe, out: Path, resume: bool) -> RunDirectoryLock:
+    """Locks a directory for a run, once it may be used.
 
     Args:
         recipe: the run's.
         out: the directory.
-        resume: whether the run goes on from what is there.
+        resume: whether the run resumes from what is there.
 
     Raises:
         OutputError: it holds something else, another run works there, or it cannot be written.
         SettingError: the run to resume has another recipe, or another number of processes.
         AdapterError: its last checkpoint is damaged.
     """
-    held = Held()
+    directory_lock = RunDirectoryLock()
 
     def look() -> Path | None:
         _check_place(out)
         if not (out / LOCK).exists():
-            _check_contents(out, resume)  # before anything is touched
+            # Before anything is touched.
+            _check_contents(out, resume)
         try:
-            _lock(held, out)
+            _acquire(directory_lock, out)
             _check_contents(out, resume)
             return _checkpoint(recipe, out) if resume else None
         except BaseException:
-            held.release()
+            directory_lock.release()
             raise
 
-    held.checkpoint = processes.by_first(look)
-    return held
+    directory_lock.checkpoint = processes.by_first(look)
+    return directory_lock
 
 
 def _check_place(out: Path) -> None:
@@ -105,10 +106,10 @@ def _check_contents(out: Path, resume: bool) -> None:
         return
     if not resume:
         raise OutputError(
-            f"--out {out} is not empty; choose another directory, or go on there with --resume"
+            f"--out {out} is not empty; choose another directory, or continue its run with --resume"
         )
     if not (out / RECIPE).is_file():
-        raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
+        raise OutputError(f"--resume: {out} has no {RECIPE}, so there is no run to resume")
     if link := next(checkpoints.links(out / CHECKPOINTS), None):
         raise OutputError(
             f"--resume: {link} is a link to {os.readlink(link)}, which is not written through; "
@@ -116,11 +117,13 @@ def _check_contents(out: Path, resume: bool) -> None:
         )
 
 
-def _lock(held: Held, out: Path) -> None:
-    held.made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
+def _acquire(directory_lock: RunDirectoryLock, out: Path) -> None:
+    directory_lock.made = [
+        folder for folder in (out, *out.absolute().parents) if not folder.exists()
+    ]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held.lock = locks.acquire(out / LOCK)
+        directory_lock.lock = locks.acquire(out / LOCK)
     except locks.LockTaken as error:
         raise OutputError(
             f"--out {out} is in use: {error} is at work there. Wait until it has ended, or choose "
@@ -131,12 +134,12 @@ def _lock(held: Held, out: Path) -> None:
 
 
 def _checkpoint(recipe: Recipe, out: Path) -> Path | None:
-    """Returns the checkpoint to resume from, if any, once it is known to be whole and ours."""
+    """Returns the checkpoint to resume from, which is whole and of this run; None without one."""
     folder = checkpoints.last_checkpoint(out / CHECKPOINTS)
     checkpoints.check_place(out / CHECKPOINTS, checkpoints.step_of(folder))
     if folder is None:
         return None
-    manifest = checkpoint_manifest.opened(folder)
+    manifest = checkpoint_manifest.verified(folder)
     manifest.check_run({checkpoint_manifest.RECIPE: described(recipe)})
     if manifest.processes != processes.count():
         raise SettingError(
@@ -172,13 +175,13 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         )
     if not out or not saved.is_file():
         return read_recipe(path, flags)
-    given |= said(flags) | {"out": out}
-    recipe, wanted = read_recipe(saved, {"out": out}), read_recipe(saved, given)
+    given |= without_empty(flags) | {"out": out}
+    recipe, asked = read_recipe(saved, {"out": out}), read_recipe(saved, given)
     for name in given:
-        value = getattr(wanted, name)
-        if value not in checkpoint_manifest.OPEN and value != getattr(recipe, name):
+        value = getattr(asked, name)
+        if value not in checkpoint_manifest.UNDECIDED and value != getattr(recipe, name):
             raise SettingError(
-                f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not "
-                f"{getattr(wanted, name)!r}; to change it, start over in another --out"
+                f"--resume continues {saved}, where {name} is {getattr(recipe, name)!r}, not "
+                f"{getattr(asked, name)!r}; to change it, start over in another --out"
             )
     return recipe

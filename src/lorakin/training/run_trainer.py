@@ -20,16 +20,16 @@ from lorakin.training.trainers import AdapterTraining
 class AdapterTrainer(AdapterTraining, transformers.Trainer):
     """A Trainer that checkpoints the adapter and stops at the first loss that is not finite.
 
-    `good` holds a copy of the trained tensors as they were at the last finite loss, and `good_step`
-    the step after which they were so (-1 before the first).
+    `last_finite` holds a copy of the trained tensors at the last finite loss, and
+    `last_finite_step` the step after which they were so (-1 before the first).
     """
 
     def __init__(self, adapter: Adapter, held_out: Callable[[int], float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.held_out = held_out
         self.trained = [p for p in adapter.parameters() if p.requires_grad]
-        self.good: list[torch.Tensor] = []
-        self.good_step = -1
+        self.last_finite: list[torch.Tensor] = []
+        self.last_finite_step = -1
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Returns the held-out loss, for schedules that follow it."""
@@ -53,9 +53,9 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
                 "however small the loss is made",
                 step + 1,
             )
-        if step != self.good_step:
-            self.good = [p.detach().clone() for p in self.trained]
-            self.good_step = step
+        if step != self.last_finite_step:
+            self.last_finite = [p.detach().clone() for p in self.trained]
+            self.last_finite_step = step
         return loss
 
 
@@ -102,9 +102,9 @@ def arguments(run: PreparedRun) -> dict[str, Any]:
         "lr_scheduler_type": recipe.schedule,
         "lr_scheduler_kwargs": recipe.schedule_args,
         "eval_strategy": "steps" if watches else "no",
-        "eval_steps": run.between_checkpoints,
+        "eval_steps": run.checkpoint_interval,
         "metric_for_best_model": "eval_loss" if watches else None,
-        # rounded down: the first step of a warm-up has learning rate 0
+        # Rounded down, since the first step of a warm-up has learning rate 0.
         "warmup_steps": int(recipe.warmup * run.total_steps),
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
@@ -114,7 +114,7 @@ def arguments(run: PreparedRun) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",
         "save_strategy": "no" if recipe.save_every == 0 else "steps",
-        "save_steps": run.between_checkpoints,
+        "save_steps": run.checkpoint_interval,
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,

@@ -27,7 +27,7 @@ from lorakin.training.run_trainer import AdapterTrainer, trainer_of
 
 __all__ = ["PreparedRun", "Result", "prepare", "train"]
 
-TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error")
+DISK_FULL_MESSAGES = ("PytorchStreamWriter", "inline_container", "iostream error")
 """Words in the RuntimeErrors that torch.save raises when the disk is full."""
 
 
@@ -52,7 +52,7 @@ def train(
     try:
         return _trained(run, before, callbacks)
     finally:
-        run.place.release()
+        run.directory_lock.release()
 
 
 def _trained(
@@ -65,10 +65,11 @@ def _trained(
     run.console.print(labelled("held out before  ", described(before)))
 
     def held_out(step: int) -> float:
-        found = run.evaluate()
-        if step < run.total_steps:  # the last step's figures are taken after training
-            metrics.add(step, **_named(found))
-        return found.loss
+        evaluation = run.evaluate()
+        # The last step's figures are taken after training.
+        if step < run.total_steps:
+            metrics.add(step, **_as_metrics(evaluation))
+        return evaluation.loss
 
     seen = [Watch(run.console, metrics), Alarms(run.console)] if processes.is_first() else []
     trainer = trainer_of(run, held_out, [*seen, *callbacks])
@@ -82,7 +83,7 @@ def _trained(
             f"loss {before.loss:.3f} before, {after.loss:.3f} after. "
             "Try another --lr, more --steps, or more rows",
         )
-    metrics.add(run.total_steps, **_named(after))
+    metrics.add(run.total_steps, **_as_metrics(after))
     processes.first_writes(lambda: metrics.plot(run.out / run_directory.PICTURE))
     run.loaded.model.eval()
     unfuse(run.loaded.model)
@@ -104,9 +105,9 @@ def _run_trainer(run: PreparedRun, trainer: AdapterTrainer) -> Evaluation:
         DivergedError: a loss or a trained number is not finite; the last good adapter is saved.
         OutputError: a checkpoint cannot be written.
     """
-    trainer.provenance = {
+    trainer.run_identity = {
         checkpoint_manifest.RECIPE: run_directory.described(run.recipe),
-        checkpoint_manifest.ROWS: run.rows,
+        checkpoint_manifest.ROWS: run.rows_digest,
     }
     try:
         with warnings.catch_warnings():
@@ -120,25 +121,26 @@ def _run_trainer(run: PreparedRun, trainer: AdapterTrainer) -> Evaluation:
                 run.total_steps,
             )
     except DivergedError as error:
-        raise _stopped(run, trainer, error) from None
+        raise _saved_and_error(run, trainer, error) from None
     except (OSError, RuntimeError) as error:
-        said = str(error)
-        if isinstance(error, RuntimeError) and not any(word in said for word in TORCHS_WRITERS):
+        message = str(error)
+        is_disk_full = any(words in message for words in DISK_FULL_MESSAGES)
+        if isinstance(error, RuntimeError) and not is_disk_full:
             raise
-        again = command("lorakin", "train", "--resume", "--out", run.out)
+        resume = command("lorakin", "train", "--resume", "--out", run.out)
         raise OutputError(
-            f"cannot write to {run.out}: {said.strip().splitlines()[0]}; {_left(run)}. "
-            f"When there is room, go on with: {again}"
+            f"cannot write to {run.out}: {message.strip().splitlines()[0]}; {_resumable(run)}. "
+            f"When there is room, resume with: {resume}"
         ) from error
     return after
 
 
-def _named(evaluation: Evaluation) -> dict[str, Any]:
+def _as_metrics(evaluation: Evaluation) -> dict[str, Any]:
     """Returns an evaluation's figures under the names that they have in the metrics."""
     return {f"eval_{name}": value for name, value in evaluation.as_dict().items()}
 
 
-def _left(run: PreparedRun) -> str:
+def _resumable(run: PreparedRun) -> str:
     """Says what a run that could not write can resume from."""
     with contextlib.suppress(LorakinError):
         if last := checkpoints.last_checkpoint(run.out / run_directory.CHECKPOINTS):
@@ -153,10 +155,10 @@ def _first_evaluation(run: PreparedRun, metrics: Metrics) -> Evaluation:
         DataError: a resumed run has other rows than when it began.
         ModelError: the base's own loss is not finite.
     """
-    needed = {"eval_loss", "eval_count"}
-    known = [row for row in metrics.rows() if row["step"] == 0 and needed <= row.keys()]
-    for row in processes.agreed(known):
-        if row.get("rows", run.rows) != run.rows:
+    figures = {"eval_loss", "eval_count"}
+    earlier = [row for row in metrics.rows() if row["step"] == 0 and figures <= row.keys()]
+    for row in processes.agreed(earlier):
+        if row.get("rows", run.rows_digest) != run.rows_digest:
             raise DataError(
                 f"--resume: the rows of {', '.join(run.recipe.data)}, or how they are tokenised, "
                 f"have changed since {run.out} was begun, so it would train on others; put them "
@@ -170,22 +172,25 @@ def _first_evaluation(run: PreparedRun, metrics: Metrics) -> Evaluation:
             f"the base's own held-out loss is {before.loss}: weights that are not finite, or too "
             f"large for {run.recipe.dtype}; try --dtype float32, or another model"
         )
-    metrics.add(0, rows=run.rows, **_named(before))
+    metrics.add(0, rows=run.rows_digest, **_as_metrics(before))
     return before
 
 
-def _stopped(run: PreparedRun, trainer: AdapterTrainer, error: DivergedError) -> DivergedError:
+def _saved_and_error(
+    run: PreparedRun, trainer: AdapterTrainer, error: DivergedError
+) -> DivergedError:
     """Saves the last good adapter, and returns the error that says so."""
     advice = "try a lower --lr, or --dtype float32"
-    if not trainer.good:
+    if not trainer.last_finite:
         return DivergedError(
             f"{error}, the first step of this run, so there is nothing to keep; {advice}",
             error.step,
         )
     with torch.no_grad():
-        for parameter, value in zip(trainer.trained, trainer.good, strict=True):
-            parameter.data = value  # not copied: the method may have freed ranks since
-    kept = f"after step {trainer.good_step}, the last with a finite loss"
+        for parameter, value in zip(trainer.trained, trainer.last_finite, strict=True):
+            # It is not copied, since the method may have freed ranks.
+            parameter.data = value
+    kept = f"after step {trainer.last_finite_step}, the last with a finite loss"
     stopped = {"Training": f"stopped {kept}"}
     processes.first_writes(lambda: directory.save(run.adapter, run.out, stopped))
     return DivergedError(

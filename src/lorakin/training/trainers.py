@@ -27,18 +27,18 @@ DEFAULT = "default"
 PERSISTENT = "stage3_param_persistence_threshold"
 
 
-class Following(transformers.TrainerCallback):
+class FollowDeepSpeedSteps(transformers.TrainerCallback):
     """Lets the adapters see the steps of DeepSpeed's optimizer, once it is made."""
 
     def __init__(self, trained: list[Adapter]) -> None:
         self.trained = trained
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The optimizer is there, and no step was taken."""
+        """Begins to follow the optimizer, before its first step."""
         self.restore_freed = act_at_zero_steps(kwargs["optimizer"].optimizer, self.trained)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No more steps come."""
+        """Leaves the adapters as their rules made them."""
         self.restore_freed()
 
 
@@ -46,11 +46,11 @@ class AdapterTraining:
     """Mixed in before a Trainer class: optimizes, saves and loads adapters instead of the model.
 
     The adapter "default" lies in the checkpoint itself, any other in a directory of its name, as
-    PEFT does it. `provenance` is what the run says of itself, for its checkpoints' manifests; see
+    PEFT does it. `run_identity` goes into the checkpoints' manifests; see
     `checkpoint_manifest.Manifest.check_run`.
     """
 
-    provenance: Mapping[str, Any] = {}
+    run_identity: Mapping[str, Any] = {}
     model: Any
     args: Any
     state: Any
@@ -66,11 +66,11 @@ class AdapterTraining:
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as the Trainer does, and resumes from a checkpoint that is whole and of this run.
 
-        With several processes, each keeps the adapters whole: FSDP does not cut them.
+        With several processes, each keeps the adapters whole: FSDP does not shard them.
 
         Raises:
-            AdapterError: the checkpoint is damaged; see `checkpoint_manifest.opened`.
-            OutputError: checkpoints would be written through a link, or into what is none; see
+            AdapterError: the checkpoint is damaged; see `checkpoint_manifest.verified`.
+            OutputError: checkpoints would be written through a link, or into something else; see
                 `checkpoints.check_place`.
             SettingError: FSDP 1, or a checkpoint of another run.
         """
@@ -78,18 +78,18 @@ class AdapterTraining:
         if sharding is not None and sharding.fsdp_version != 2:
             raise SettingError("FSDP 1 flattens the adapters' tensors; use FSDP2 (fsdp_version: 2)")
         if sharding is not None:
-            whole = [part for adapter in self._adapters().values() for part in adapter.modules()]
-            sharding.ignored_modules = whole + quantised.not_to_shard(self.model)
-        checkpoint = processes.by_first(lambda: self._sound(resume_from_checkpoint))
+            parts = [part for adapter in self._adapters().values() for part in adapter.modules()]
+            sharding.ignored_modules = parts + quantised.not_to_shard(self.model)
+        checkpoint = processes.by_first(lambda: self._checked_checkpoint(resume_from_checkpoint))
         if self.args.save_strategy != "no":
             after = checkpoints.step_of(checkpoint)
             processes.by_first(lambda: checkpoints.check_place(Path(self.args.output_dir), after))
         if self.is_deepspeed_enabled:
-            self._keep_whole(checkpoint)
+            self._prepare_zero(checkpoint)
         else:
             self._scale_losses()
-        if over := self._over(checkpoint):
-            return over
+        if output := self._finished_output(checkpoint):
+            return output
         return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _scale_losses(self) -> None:
@@ -104,8 +104,8 @@ class AdapterTraining:
                 _innermost(self.optimizer)
             )
 
-    def _sound(self, resume_from_checkpoint: Any) -> str | None:
-        """Returns the checkpoint to resume from, once known to be whole and of this run."""
+    def _checked_checkpoint(self, resume_from_checkpoint: Any) -> str | None:
+        """Returns the checkpoint to resume from, which is whole and of this run."""
         if not resume_from_checkpoint:
             return None
         folder = resume_from_checkpoint
@@ -117,8 +117,8 @@ class AdapterTraining:
                 f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that "
                 "is whole"
             )
-        manifest = checkpoint_manifest.opened(Path(folder))
-        manifest.check_run(self.provenance)
+        manifest = checkpoint_manifest.verified(Path(folder))
+        manifest.check_run(self.run_identity)
         manifest.check_versions()
         if manifest.processes != self.args.world_size:
             warnings.warn(
@@ -130,31 +130,33 @@ class AdapterTraining:
             )
         return str(folder)
 
-    def _keep_whole(self, checkpoint: str | None) -> None:
+    def _prepare_zero(self, checkpoint: str | None) -> None:
         """Keeps ZeRO-3 from sharding the adapters' tensors, and lets them see its steps."""
         # DeepSpeed's files hold the tensors; the adapter's files hold what the rules remember.
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
         zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-        if not zero.get("stage"):  # then torch's own optimizer steps over the adapters' tensors
+        # Without ZeRO, torch's own optimizer steps over the adapters' tensors.
+        if not zero.get("stage"):
             return
         largest = max(p.numel() for a in self._trained() for p in a.parameters())
-        set_to = zero.get(PERSISTENT, "auto")
+        threshold = zero.get(PERSISTENT, "auto")
         # 100,000 is DeepSpeed's own default.
-        zero[PERSISTENT] = max(largest, set_to if isinstance(set_to, int) else 100_000)
-        self.callback_handler.pop_callback(Following)
-        self.add_callback(Following(self._trained()))
+        zero[PERSISTENT] = max(largest, threshold if isinstance(threshold, int) else 100_000)
+        self.callback_handler.pop_callback(FollowDeepSpeedSteps)
+        self.add_callback(FollowDeepSpeedSteps(self._trained()))
 
-    def _over(self, checkpoint: str | None) -> Any:
-        """Returns the end of a run that resumes from its last step, or None.
+    def _finished_output(self, checkpoint: str | None) -> Any:
+        """Returns the output of a run that resumes from its last step, else None.
 
         The Trainer would take one step more.
         """
         if checkpoint is None or self.args.max_steps <= 0:
             return None
-        if not (said := Path(checkpoint) / STATE).is_file():
+        state_file = Path(checkpoint) / STATE
+        if not state_file.is_file():
             return None
-        state = transformers.TrainerState.load_from_json(str(said))
+        state = transformers.TrainerState.load_from_json(str(state_file))
         if state.global_step < self.args.max_steps:
             return None
         self.state = state
@@ -169,8 +171,10 @@ class AdapterTraining:
         folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
         if self.args.should_save:
             checkpoints.begin(folder)
-        self.accelerator.wait_for_everyone()  # before one writes a part of its own there
-        self.args.save_total_limit = None  # the Trainer goes by the files' times
+        # Before a process writes its own part there.
+        self.accelerator.wait_for_everyone()
+        # The Trainer would delete checkpoints by the files' times.
+        self.args.save_total_limit = None
         try:
             super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -180,7 +184,8 @@ class AdapterTraining:
             checkpoints.rotate(run, self.state.global_step, limit, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._seal(Path(checkpoint_folder))  # the hub's copy is to be whole, too
+        # The hub's copy is to be whole, too.
+        self._seal(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _seal(self, folder: Path) -> None:
@@ -188,38 +193,38 @@ class AdapterTraining:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint_manifest.seal(
-                folder, self.state.global_step, self.args.world_size, self.provenance
+                folder, self.state.global_step, self.args.world_size, self.run_identity
             )
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Saves the adapters, in the process that saves."""
         gather(list(self._adapters().values()))
-        with self._without("is_fsdp_enabled", "is_deepspeed_enabled"):
+        with self._flags_off("is_fsdp_enabled", "is_deepspeed_enabled"):
             super().save_model(*args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # DeepSpeed's engine knows the tensors that there were when it was made.
         if self.is_deepspeed_enabled:
             self.model_wrapped.param_names = {p: name for name, p in self.model.named_parameters()}
-        with self._without("is_fsdp_enabled"):
+        with self._flags_off("is_fsdp_enabled"):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._without("is_fsdp_enabled"):
+        with self._flags_off("is_fsdp_enabled"):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     @contextlib.contextmanager
-    def _without(self, *flags: str) -> Iterator[None]:
-        """Sets these flags to False for a while.
+    def _flags_off(self, *flags: str) -> Iterator[None]:
+        """Sets these flags to False inside a `with` block.
 
-        For files that hold nothing of the base, so that neither FSDP nor DeepSpeed has cut them.
+        It is for files that hold nothing of the base, so that nothing in them is sharded.
         """
-        set_to = {flag: getattr(self, flag) for flag in flags}
+        before = {flag: getattr(self, flag) for flag in flags}
         vars(self).update(dict.fromkeys(flags, False))
         try:
             yield
         finally:
-            vars(self).update(set_to)
+            vars(self).update(before)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Makes the Trainer's optimizer, with the groups of the adapters' methods.
@@ -228,9 +233,14 @@ class AdapterTraining:
         """
         if self.optimizer is not None:
             return self.optimizer
-        made: Any = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer: Any = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         for adapter in self._trained():
-            regroup(adapter, made, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            regroup(
+                adapter,
+                optimizer,
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -245,11 +255,13 @@ class AdapterTraining:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             for name, adapter in self._adapters().items():
-                directory.save(adapter, _place(output_dir or self.args.output_dir, name))
+                directory.save(
+                    adapter, _adapter_directory(output_dir or self.args.output_dir, name)
+                )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         for name, adapter in self._adapters().items():
-            adapter.restore(_place(resume_from_checkpoint, name))
+            adapter.restore(_adapter_directory(resume_from_checkpoint, name))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -262,12 +274,12 @@ class AdapterTraining:
         ]
 
     def _adapters(self) -> dict[str, Adapter]:
-        found = adapters(self.model)
-        if not found:
+        by_name = adapters(self.model)
+        if not by_name:
             raise StateError(
                 "the trainer's model has no adapters to save; call lorakin.adapt(model, …) first"
             )
-        return found
+        return by_name
 
 
 def prepare_trainer(trainer: Any) -> Any:
@@ -305,5 +317,5 @@ def _innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-def _place(folder: str | os.PathLike[str], name: str) -> Path:
+def _adapter_directory(folder: str | os.PathLike[str], name: str) -> Path:
     return Path(folder) if name == DEFAULT else Path(folder) / name

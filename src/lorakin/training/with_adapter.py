@@ -46,7 +46,7 @@ def load_with_adapter(
     """
     if adapter is None:
         return load_model(name, dtype, labels, quantize)
-    # read once, so that all of it is of one save
+    # Read once, so that all of it is of one save.
     files = directory.read(hub.adapter_directory(adapter)) if isinstance(adapter, str) else adapter
     if any_head:
         kind = kind_for(files, config_of(name), labels or recipe_labels(files))
@@ -57,10 +57,9 @@ def load_with_adapter(
         _check_complete(loaded, files)
     _warn_of_other_base(loaded, files)
     if loaded.tokenizer is not None and remembered_template(files.path) is not None:
+        # The adapter answers with this template.
         use_remembered(loaded.tokenizer, files.path)
-        tokenizer_fingerprint.remember(
-            loaded.model, loaded.tokenizer
-        )  # the adapter answers with this template
+        tokenizer_fingerprint.remember(loaded.model, loaded.tokenizer)
     insert_document(loaded.model, "default", files.match(loaded.model, other_base))
     return loaded
 
@@ -76,13 +75,13 @@ def _check_complete(loaded: Loaded, files: directory.AdapterFiles) -> None:
 
 def _warn_of_other_base(loaded: Loaded, files: directory.AdapterFiles) -> None:
     """Warns if an adapter without a fingerprint of its base names another base."""
-    said = files.config.get("base_model_name_or_path")
-    if files.base is not None or not isinstance(said, str):
+    named_base = files.config.get("base_model_name_or_path")
+    if files.base is not None or not isinstance(named_base, str):
         return
-    if Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():
+    if Path(named_base).name.lower() != Path(loaded.model.name_or_path).name.lower():
         warnings.warn(
-            f"{files.path} says that its base is {said}, not {loaded.name}, and holds nothing to "
-            "tell whether they are the same",
+            f"{files.path} says that its base is {named_base}, not {loaded.name}, and holds "
+            "nothing to tell whether they are the same",
             LorakinWarning,
             stacklevel=3,
         )
@@ -95,18 +94,19 @@ def recipe_labels(files: directory.AdapterFiles) -> list[str] | None:
         AdapterError: the two differ. A class is a place in a list, so in another order all answers
             would be others.
     """
-    kept = (files.base or {}).get(LABELS)
+    recorded: list[str] | None = (files.base or {}).get(LABELS)
     recipe = files.path / RECIPE
-    said = read_yaml(recipe) if recipe.is_file() else None
-    if isinstance(said, dict) and isinstance(labels := said.get("labels"), list) and labels:
-        named = [str(label) for label in labels]
-        if kept is not None and named != kept:
-            raise AdapterError(
-                f"{recipe}: labels are {some(named)}, and the adapter was trained on {some(kept)}; "
-                "put them back as they were"
-            )
-        return named
-    return kept
+    settings = read_yaml(recipe) if recipe.is_file() else None
+    labels = settings.get("labels") if isinstance(settings, dict) else None
+    if not isinstance(labels, list) or not labels:
+        return recorded
+    in_recipe = [str(label) for label in labels]
+    if recorded is not None and in_recipe != recorded:
+        raise AdapterError(
+            f"{recipe}: labels are {some(in_recipe)}, and the adapter was trained on "
+            f"{some(recorded)}; put them back as they were"
+        )
+    return in_recipe
 
 
 def labels_of(files: directory.AdapterFiles) -> list[str] | None:
@@ -119,8 +119,8 @@ def labels_of(files: directory.AdapterFiles) -> list[str] | None:
     """
     if not is_classifiers(files.config, str((files.base or {}).get("class"))):
         return None
-    if (said := recipe_labels(files)) is not None:
-        return said
+    if (labels := recipe_labels(files)) is not None:
+        return labels
     whole = files.config.get("modules_to_save") or []
     keys = [key for key in files.tensors if key.endswith(".weight")]
     heads = [files.tensors[key] for key in keys if any(f".{name}." in key for name in whole)]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from conftest import tiny_llama
-from lorakin.training.endings import end_of_turn, end_of_turn_text, stops
+from lorakin.training.endings import end_of_turn, end_of_turn_text, stop_ids
 from lorakin.training.generate import answer
 from lorakin.training.models import Loaded
 from training.carried import TEMPLATES, tokenizer_of
@@ -138,5 +138,5 @@ def test_no_turns(template: str | None) -> None:
     made = tokenizer_of(template, "</s>", merges=True)
     assert end_of_turn(made) == [] and end_of_turn_text(made) is None
     settings = transformers.GenerationConfig(eos_token_id=[7, made.eos_token_id])
-    assert stops(made, settings) == [7, made.eos_token_id]
-    assert stops(None) == []
+    assert stop_ids(made, settings) == [7, made.eos_token_id]
+    assert stop_ids(None) == []

@@ -19,7 +19,7 @@ from lorakin.cli.app import run
 from lorakin.cli.options import print_json
 from lorakin.serving.verify import _answered_prompts
 from lorakin.training import models
-from lorakin.training.endings import stops
+from lorakin.training.endings import stop_ids
 from lorakin.training.generate import answer
 from lorakin.training.models import Loaded
 
@@ -51,7 +51,7 @@ def test_other_ways_of_decoding_are_not_taken(settings: dict[str, Any], tokenize
 
 
 def test_only_ids_are_ends() -> None:
-    assert stops(None, transformers.GenerationConfig(eos_token_id=[3, -1, 7])) == [3, 7]
+    assert stop_ids(None, transformers.GenerationConfig(eos_token_id=[3, -1, 7])) == [3, 7]
 
 
 @pytest.mark.parametrize("ends", ["x", [1, "x"], 2**40, True, {"a": 1}, 1.5])

@@ -149,7 +149,7 @@ def test_a_cache_that_can_only_be_read_serves_what_it_has(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gguf_cache.converted(source)
-    monkeypatch.setattr(gguf_cache, "_alone", None)  # any writing
+    monkeypatch.setattr(gguf_cache, "_cache_lock", None)  # any writing
     assert is_the_model(source)
 
 

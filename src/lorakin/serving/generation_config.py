@@ -10,7 +10,7 @@ import transformers
 
 from lorakin.errors import ModelError
 from lorakin.training.base_class import own_class
-from lorakin.training.endings import stops
+from lorakin.training.endings import stop_ids
 from lorakin.training.models import config_of, load_tokenizer
 
 FILE = "generation_config.json"
@@ -36,7 +36,7 @@ def write_stop_ids(folder: Path) -> None:
     except ModelError:
         return
     settings, content = _settings(folder, config)
-    ids = stops(tokenizer, settings)
+    ids = stop_ids(tokenizer, settings)
     eos = settings.eos_token_id
     if ids and ids != (eos if isinstance(eos, list) else [eos]):
         content["eos_token_id"] = ids if len(ids) > 1 else ids[0]

@@ -14,7 +14,7 @@ from lorakin.errors import SettingError, VerificationError
 from lorakin.inject.module_mode import in_mode
 from lorakin.serving.inputs import inputs_of, is_encoder_decoder, random_inputs, reads_text
 from lorakin.training.encoding import prompt_ids
-from lorakin.training.endings import stops
+from lorakin.training.endings import stop_ids
 from lorakin.training.generation_settings import with_settings
 from lorakin.training.limits import position_count
 from lorakin.training.models import Loaded
@@ -255,7 +255,7 @@ def _answered_prompts(loaded: Loaded) -> list[list[int]]:
         hasattr(loaded.model, "can_generate") and loaded.model.can_generate()
     ):
         return prompts
-    texts, ends = [], stops(None, loaded.model.generation_config) or None
+    texts, ends = [], stop_ids(None, loaded.model.generation_config) or None
     for prompt in prompts:
         if (room := min(CONTINUATION, longest - len(prompt))) < 1:
             texts.append(prompt)

@@ -64,7 +64,8 @@ def table(name: str) -> Table:
 def _file(path: Path, reader: Callable[[IO[bytes]], Table] | None, suffix: str) -> Table:
     if not path.exists():
         raise DataError(f"there is no data file {path}")
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+    # Opening a pipe would wait for its writer.
+    if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"data {str(path)!r} is not a file")
     if reader is None:
         raise DataError(
@@ -119,13 +120,13 @@ def _json_lines(file: IO[bytes]) -> Table:
 
 def _whole(content: bytes) -> Table:
     """Reads one object over many lines: a row, or an object that holds a list of rows."""
-    found = _object(_parsed(content, "line 1"), "line 1")
-    values = [value for value in found.values() if isinstance(value, list) and value]
+    content_object = _object(_parsed(content, "line 1"), "line 1")
+    values = [value for value in content_object.values() if isinstance(value, list) and value]
     lists = [value for value in values if isinstance(value[0], dict)]
-    is_row = any(set(layout.columns) <= found.keys() for layout in formats.FORMATS)
+    is_row = any(set(layout.columns) <= content_object.keys() for layout in formats.FORMATS)
     if len(lists) == 1 and not is_row:
         return _objects(lists[0]), {}
-    return [(1, found)], {}
+    return [(1, content_object)], {}
 
 
 def _objects(content: Any) -> Rows:
@@ -134,8 +135,8 @@ def _objects(content: Any) -> Rows:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        held = json.dumps(value, default=str)[:80]
-        raise DataError(f"{where} cannot be read as a row: it holds {held}, expected an object")
+        text = json.dumps(value, default=str)[:80]
+        raise DataError(f"{where} cannot be read as a row: it holds {text}, expected an object")
     return value
 
 
@@ -157,7 +158,7 @@ def _whole_number(literal: str) -> int | Number:
 
 
 def _no_number(literal: str) -> float:
-    raise ValueError(f"{literal} is no number of JSON")
+    raise ValueError(f"{literal} is not a number in JSON")
 
 
 def _separated(delimiter: str) -> Callable[[IO[bytes]], Table]:
@@ -198,17 +199,18 @@ def _cells(reader: Any) -> Rows:
     rows: Rows = []
     try:
         header = [name.strip() for name in next(reader, [])]
+        # Excel writes empty columns at the end.
         nameless = next((n for n, name in enumerate(reversed(header)) if name), len(header))
-        named = len(header) - nameless  # Excel writes empty columns at the end
-        if twice := [name for name in header[:named] if header.count(name) > 1]:
+        width = len(header) - nameless
+        if twice := [name for name in header[:width] if header.count(name) > 1]:
             raise DataError(f"the column {twice[0]!r} stands in the header twice")
         for number, cells in enumerate((cells for cells in reader if cells), 1):
-            if len(cells) != len(header) or any(cells[named:]):
+            if len(cells) != len(header) or any(cells[width:]):
                 raise DataError(
-                    f"row {number} has {len(cells)} cells, and the header {named}: "
+                    f"row {number} has {len(cells)} cells, and the header {width}: "
                     f"{str(cells)[:120]}"
                 )
-            rows.append((number, dict(zip(header[:named], cells[:named], strict=True))))
+            rows.append((number, dict(zip(header[:width], cells[:width], strict=True))))
     except csv.Error as error:
         raise DataError(
             f"line {reader.line_num}: {error}; is a quote missing, or another separator meant?"
@@ -227,15 +229,15 @@ def _parquet(file: IO[bytes]) -> Table:
 
     stored = pyarrow.parquet.ParquetFile(file).metadata
     cells = stored.num_rows * stored.num_columns
-    held = sum(stored.row_group(n).total_byte_size for n in range(stored.num_row_groups))
-    if max(cells, held) > max(MOST_UNPACKED, MOST_RATIO * file.seek(0, os.SEEK_END)):
+    size = sum(stored.row_group(n).total_byte_size for n in range(stored.num_row_groups))
+    if max(cells, size) > max(MOST_UNPACKED, MOST_RATIO * file.seek(0, os.SEEK_END)):
         raise DataError(
-            f"the table unfolds into {cells:,} cells of {held:,} bytes; keep the rows that are "
+            f"the table unfolds into {cells:,} cells of {size:,} bytes; keep the rows that are "
             "meant"
         )
     content = pyarrow.parquet.read_table(file)
-    said = (content.schema.metadata or {}).get(b"huggingface")
-    features = datasets.Features.from_arrow_schema(content.schema) if said is not None else {}
+    has_features = b"huggingface" in (content.schema.metadata or {})
+    features = datasets.Features.from_arrow_schema(content.schema) if has_features else {}
     return _filled(content.to_pylist()), _class_names(features)
 
 
@@ -264,13 +266,13 @@ def _hub(name: str) -> Table:
     """Reads a split of a hub data set, by default "train"."""
     import datasets
 
-    found = HUB_NAME.fullmatch(name)
-    if found is None or name.startswith("."):
+    match = HUB_NAME.fullmatch(name)
+    if match is None or name.startswith("."):
         raise DataError(
             f"there is no data {name!r}: expected a file, or a hub data set as org/set or "
             "org/set:split"
         )
-    path, config, part = found["path"], found["config"], found["split"]
+    path, config, part = match["path"], match["config"], match["split"]
     if config is not None and part is None:
         config, part = None, config
     datasets.disable_progress_bars()

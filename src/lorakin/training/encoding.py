@@ -11,7 +11,7 @@ from typing import Any
 from lorakin.errors import DataError
 from lorakin.training.answers import ALL, ANSWERS, LOSS_ON, Answers
 from lorakin.training.contents import Content, Conversation, Labelled, PlainText
-from lorakin.training.endings import stops
+from lorakin.training.endings import stop_ids
 from lorakin.training.reading import DataRows, Record, row_in_message
 from lorakin.training.templates import Template
 from lorakin.training.token_labels import IGNORED, continued
@@ -59,7 +59,7 @@ class Encoder:
     @cached_property
     def ends(self) -> set[int]:
         """The ids at which an answer ends."""
-        return set(stops(self.tokenizer, chat_template=self.template or False))
+        return set(stop_ids(self.tokenizer, chat_template=self.template or False))
 
     def encode(self, content: Content) -> tuple[list[int], list[int]]:
         """Returns the token ids and labels of one conversation or text.
@@ -99,9 +99,7 @@ class Encoder:
         return self.opened(prompt)
 
     def opened(self, text: str) -> list[int]:
-        """Returns a text's tokens as a model begins: with one BOS token, if the tokenizer adds
-        it.
-        """
+        """Returns the tokens of a text, with one BOS token before it if the tokenizer adds it."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         ends_itself = text.endswith(str(self.tokenizer.eos_token))

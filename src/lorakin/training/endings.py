@@ -15,7 +15,9 @@ SHORTEST = 4
 """Letters of the shortest text that ends a turn: a full stop ends sentences, too."""
 
 
-def stops(tokenizer: Any, settings: Any = None, chat_template: bool | Template = True) -> list[int]:
+def stop_ids(
+    tokenizer: Any, settings: Any = None, chat_template: bool | Template = True
+) -> list[int]:
     """Returns the ids at which an answer ends.
 
     They are those of a generation config, the end of text, and the end of a turn.
@@ -26,8 +28,8 @@ def stops(tokenizer: Any, settings: Any = None, chat_template: bool | Template =
         chat_template: whether prompts are put into the chat template, so that answers are turns;
             or that template.
     """
-    said = getattr(settings, "eos_token_id", None)
-    ids = list(said) if isinstance(said, list | tuple) else [said]
+    eos = getattr(settings, "eos_token_id", None)
+    ids = list(eos) if isinstance(eos, list | tuple) else [eos]
     if tokenizer is not None:
         ids.append(tokenizer.eos_token_id)
         if chat_template:
@@ -35,7 +37,7 @@ def stops(tokenizer: Any, settings: Any = None, chat_template: bool | Template =
     return list(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))
 
 
-def end_of_turn(of: Any) -> list[int]:
+def end_of_turn(tokenizer_or_template: Any) -> list[int]:
     """Returns the id of the token that closes an assistant's turn; none if no token does.
 
     The special tokens that follow the answer both at the end of a conversation and within one close
@@ -44,24 +46,24 @@ def end_of_turn(of: Any) -> list[int]:
     that, it is the first before the next turn (GLM's `<|user|>`).
 
     Args:
-        of: a tokenizer, or its `Template`.
+        tokenizer_or_template: a tokenizer, or its `Template`.
     """
-    if (template := _template(of)) is None:
+    if (template := _template(tokenizer_or_template)) is None:
         return []
     last, inner = (_leading_tokens(text, template.tokenizer) for text in closings(template))
     common = [a for a, b in itertools.takewhile(_same, zip(last, inner, strict=False))]
     return common[-1:] or last[:1] or inner[:1]
 
 
-def end_of_turn_text(of: Any) -> str | None:
+def end_of_turn_text(tokenizer_or_template: Any) -> str | None:
     """Returns the text that closes a turn, where no token does; None otherwise.
 
     That is so with a template that was made for other tokens than the tokenizer has.
 
     Args:
-        of: a tokenizer, or its `Template`.
+        tokenizer_or_template: a tokenizer, or its `Template`.
     """
-    if (template := _template(of)) is None:
+    if (template := _template(tokenizer_or_template)) is None:
         return None
     last, inner = closings(template)
     if not last.strip() or end_of_turn(template):
@@ -96,15 +98,15 @@ def _same(pair: tuple[Any, Any]) -> bool:
 
 def _leading_tokens(text: str, tokenizer: Any) -> list[int]:
     """Returns the special tokens that a text begins with; blanks between them do not count."""
-    known = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    id_of = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     if tokenizer.eos_token_id is not None:
-        known.setdefault(str(tokenizer.eos_token), tokenizer.eos_token_id)
-    found = []
+        id_of.setdefault(str(tokenizer.eos_token), tokenizer.eos_token_id)
+    leading = []
     while text := text.lstrip():
-        here = [token for token in known if token.strip() and text.startswith(token)]
-        if not here:
+        candidates = [token for token in id_of if token.strip() and text.startswith(token)]
+        if not candidates:
             break
-        name = max(here, key=len)
-        found.append(known[name])
-        text = text[len(name) :]
-    return found
+        longest = max(candidates, key=len)
+        leading.append(id_of[longest])
+        text = text[len(longest) :]
+    return leading

@@ -84,12 +84,14 @@ def _alpaca(
 
 def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | PlainText]:
     def read(row: Values) -> Conversation | PlainText:
-        if asked := turns_in(row[prompt]):
-            said = turns_in(row[answer]) or [{"role": "assistant", "content": row[answer]}]
-            found = conversation([*asked, *said], row)
-            before = len(found.messages) - len(said)  # messages of the prompt are not learned
-            learned = [False if at < before else one for at, one in enumerate(found.learned)]
-            return dataclasses.replace(found, learned=learned)
+        if prompt_turns := turns_in(row[prompt]):
+            answer_turns = turns_in(row[answer])
+            answer_turns = answer_turns or [{"role": "assistant", "content": row[answer]}]
+            both = conversation([*prompt_turns, *answer_turns], row)
+            # The messages of the prompt are not learned.
+            first = len(both.messages) - len(answer_turns)
+            learned = [False] * first + list(both.learned[first:])
+            return dataclasses.replace(both, learned=learned)
         question, reply = _with_context(row, prompt, ("context",)), text_of(row[answer], answer)
         if any(row.get(key) for key in (*SYSTEM, "history", *TOOLS)):
             return conversation(_exchanges(row, question, reply), row)
@@ -137,14 +139,14 @@ def _exchanges(row: Values, question: str, reply: str) -> list[dict[str, Any]]:
     """Returns the messages of the row's earlier exchanges, if it has any, and of this one."""
     history = row.get("history")
     pairs = listed(history, "history") if history else []
-    if odd := [pair for pair in pairs if not isinstance(pair, list | tuple) or len(pair) != 2]:
+    if wrong := [pair for pair in pairs if not isinstance(pair, list | tuple) or len(pair) != 2]:
         raise DataError(
-            f"history holds {short_json(odd[0])}, expected pairs of a question and its answer"
+            f"history holds {short_json(wrong[0])}, expected pairs of a question and its answer"
         )
     return [
-        {"role": role, "content": said}
+        {"role": role, "content": content}
         for pair in [*pairs, (question, reply)]
-        for role, said in zip(("user", "assistant"), pair, strict=True)
+        for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
 
 
@@ -175,7 +177,7 @@ FORMATS = (
     Format("text", ("text",), (), _plain),
 )
 """All formats. Where a row has the columns of several, the first of them is meant."""
-NAMES = tuple(dict.fromkeys(found.name for found in FORMATS))
+NAMES = tuple(dict.fromkeys(layout.name for layout in FORMATS))
 
 
 def detected(rows: Sequence[Values], name: str, chosen: str | None) -> Format:
@@ -193,27 +195,28 @@ def detected(rows: Sequence[Values], name: str, chosen: str | None) -> Format:
         DataError: the rows have the columns of no format, or not those of the chosen one.
     """
     keys = [row.keys() for row in rows]
-    known = [found for found in FORMATS if chosen in (None, found.name)]
-    counts = [sum(set(found.columns) <= row for row in keys) for found in known]
+    layouts = [layout for layout in FORMATS if chosen in (None, layout.name)]
+    counts = [sum(set(layout.columns) <= row for row in keys) for layout in layouts]
     if not max(counts):
-        raise _unknown(keys, known, name)
-    return known[counts.index(max(counts))]
+        raise _unknown(keys, layouts, name)
+    return layouts[counts.index(max(counts))]
 
 
-def _unknown(keys: Sequence[Iterable[str]], known: Sequence[Format], name: str) -> DataError:
+def _unknown(keys: Sequence[Iterable[str]], layouts: Sequence[Format], name: str) -> DataError:
     """Returns the error for rows of no known format, with the likeliest way out."""
-    there = list(dict.fromkeys(str(key) for row in keys for key in row))
-    wanted = "; ".join(f"{found.name} ({', '.join(found.columns)})" for found in known)
+    columns = list(dict.fromkeys(str(key) for row in keys for key in row))
+    described = "; ".join(f"{layout.name} ({', '.join(layout.columns)})" for layout in layouts)
     first = list(keys[0])
     lone = first[0] if len(first) == 1 else ""
     hint = next((f"; is the file separated by {mark!r}?" for mark in ";\t|" if mark in lone), "")
-    plain = {key.strip().lower(): key for key in there}
-    if fit := next((found.columns for found in known if set(found.columns) <= set(plain)), None):
+    plain = {key.strip().lower(): key for key in columns}
+    fitting = (layout.columns for layout in layouts if set(layout.columns) <= set(plain))
+    if fit := next(fitting, None):
         meant = ",".join(f"{column}={plain[column]}" for column in fit)
         hint = f"; here that is --columns {meant}"
     return DataError(
-        f"data {name!r} has the columns {', '.join(there)}, which are no known format; "
-        f"known are: {wanted}. Say which columns are meant with --columns, "
+        f"data {name!r} has the columns {', '.join(columns)}, which are not a known format; "
+        f"known are: {described}. Say which columns are meant with --columns, "
         f"such as --columns prompt=question,completion=reply{hint}"
     )
 
@@ -251,41 +254,41 @@ def is_left_out(row: Values) -> bool:
 def unused_keys(layout: Format, rows: Iterable[Values]) -> dict[str, int]:
     """Returns the columns, and keys of messages, that are not read → how many rows have them."""
     used = {*layout.columns, *layout.optional, *FLAGS}
-    found: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for row in rows:
-        found.update(key for key in row if key not in used and row[key] not in EMPTY)
+        counts.update(key for key in row if key not in used and row[key] not in EMPTY)
         for column in ("messages", "conversations", "prompt", "completion"):
             turns = row.get(column) if column in used else None
             if isinstance(turns, list):
-                pairs = [pair for one in turns if isinstance(one, Mapping) for pair in one.items()]
-                said = {key for key, value in pairs if value is not None}
-                found.update(f"{column}[].{key}" for key in said - USED_OF_A_MESSAGE)
-    return dict(found)
+                messages = [turn for turn in turns if isinstance(turn, Mapping)]
+                keys = {k for message in messages for k, v in message.items() if v is not None}
+                counts.update(f"{column}[].{key}" for key in keys - USED_OF_A_MESSAGE)
+    return dict(counts)
 
 
 def _check_meaning(layout: Format, row: Values) -> None:
     """Refuses columns that would make the row mean something else than what is read."""
-    known = {*layout.columns, *layout.optional}
-    said = {key for key, value in row.items() if value not in EMPTY} - known
+    read_columns = {*layout.columns, *layout.optional}
+    others = {key for key, value in row.items() if value not in EMPTY} - read_columns
     meant = ",".join(f"{column}={column}" for column in layout.columns)
     way_out = f"; if it does not matter, name the columns that do: --columns {meant}"
-    if pair := [key for key in PREFERENCES if key in said]:
+    if pair := [key for key in PREFERENCES if key in others]:
         chosen = f", or --columns prompt={layout.columns[0]},completion=chosen"
         raise DataError(
             f"{pair[0]} makes it a preference (DPO) row, and train takes answers to imitate"
-            f"{way_out}{chosen if 'chosen' in said else ''}"
+            f"{way_out}{chosen if 'chosen' in others else ''}"
         )
-    if media := [key for key in MEDIA if key in said]:
+    if media := [key for key in MEDIA if key in others]:
         raise DataError(
             f"{media[0]} is {short_json(row[media[0]])}, and only text can be trained on{way_out}"
         )
     if layout.name == CLASSIFICATION:
-        if pair := [key for key in PAIRS if key in said]:
+        if pair := [key for key in PAIRS if key in others]:
             raise DataError(
                 f"{pair[0]} stands beside {layout.columns[0]}, "
                 f"and pairs of texts cannot be classified yet{way_out}"
             )
-    elif "label" in said and SAYS.get(str(row["label"]).lower()) is False:
+    elif "label" in others and SAYS.get(str(row["label"]).lower()) is False:
         raise DataError(
             f"label {short_json(row['label'])} marks an answer not to imitate (KTO); "
             f"remove such rows{way_out}"

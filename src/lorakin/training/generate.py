@@ -11,7 +11,7 @@ import transformers
 from lorakin.errors import ModelError, SettingError
 from lorakin.terminal import visible
 from lorakin.training.encoding import Encoder
-from lorakin.training.endings import end_of_turn_text, stops
+from lorakin.training.endings import end_of_turn_text, stop_ids
 from lorakin.training.generation_settings import StopAtNaN, with_settings
 from lorakin.training.limits import check_prompt, position_count
 from lorakin.training.models import Loaded
@@ -58,7 +58,7 @@ def answer(
     template = encoder.template if chat_template else None
     text = end_of_turn_text(template)
     settings: dict[str, Any] = {
-        "eos_token_id": stops(tokenizer, model.generation_config, template or False) or None,
+        "eos_token_id": stop_ids(tokenizer, model.generation_config, template or False) or None,
         "pad_token_id": tokenizer.pad_token_id,
         "do_sample": temperature > 0,
     }

@@ -68,7 +68,7 @@ def converted(path: Path) -> Path:
     # The file is read once, even if the cache then cannot be written.
     make = functools.cache(lambda: _read(path))
     try:
-        with _alone(entry.parent):
+        with _cache_lock(entry.parent):
             if not is_whole(entry):  # another process may have been faster
                 _put(entry, make)
         return entry
@@ -86,7 +86,10 @@ def config(path: Path, **options: Any) -> Any:
     entry = _entry(path, _digest(path.resolve(), _stamp(path)))
     if is_whole(entry):
         return loading.config(entry, **options)
-    with loading.as_model_error(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
+    with (
+        loading.as_model_error(f"{path} cannot be read as a GGUF model"),
+        _isolated(path) as folder,
+    ):
         return loading.config(folder, gguf_file=path.name, **options)
 
 
@@ -97,9 +100,9 @@ def _entry(path: Path, digest: str) -> Path:
 def is_whole(entry: Path) -> bool:
     """Returns whether a directory is a conversion with all of its files as they were written."""
     try:
-        said = json.loads((entry / RECORD).read_text(encoding="utf-8"))["files"]
-        return bool(said) and all(
-            _is_as_written(entry / name, *stamp) for name, stamp in said.items()
+        files = json.loads((entry / RECORD).read_text(encoding="utf-8"))["files"]
+        return bool(files) and all(
+            _is_as_written(entry / name, *stamp) for name, stamp in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -140,10 +143,12 @@ def _write(folder: Path, model: Any, tokenizer: Any) -> None:
         with loading.quiet_loading():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        said = {}
+        files = {}
         for file in sorted(folder.iterdir()):
-            said[file.name] = [(stat := file.stat()).st_size, stat.st_ctime_ns, _sha256(file)]
-        (folder / RECORD).write_text(json.dumps({"files": said}, indent=1) + "\n", encoding="utf-8")
+            files[file.name] = [(stat := file.stat()).st_size, stat.st_ctime_ns, _sha256(file)]
+        (folder / RECORD).write_text(
+            json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8"
+        )
     except (SafetensorError, RuntimeError) as error:  # how libraries report a full disk
         raise OSError(first_line(error)) from error
 
@@ -202,7 +207,7 @@ def _lives(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(cache: Path) -> Iterator[None]:
+def _cache_lock(cache: Path) -> Iterator[None]:
     """Holds the cache's lock, which the system takes back from a process that is killed.
 
     Raises:
@@ -214,7 +219,7 @@ def _alone(cache: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _apart(path: Path) -> Iterator[Path]:
+def _isolated(path: Path) -> Iterator[Path]:
     """Yields a directory that holds only the file, so no config or code next to it is read."""
     with tempfile.TemporaryDirectory(prefix=f"{BESIDE}{os.getpid()}-") as folder:
         (Path(folder) / path.name).symlink_to(path.resolve())
@@ -230,7 +235,10 @@ def _read(path: Path) -> tuple[Any, Any]:
     _remove_abandoned()
     header = gguf_header.check_model(path)
     numbers = 2 * sum(header.count(name) for name in header.tensors) + 10**7  # twice: a tied head
-    with loading.as_model_error(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
+    with (
+        loading.as_model_error(f"{path} cannot be read as a GGUF model"),
+        _isolated(path) as folder,
+    ):
         with loading.limited_size(50 * len(header.tensors) + 2000, numbers, str(path)):
             model, found = loading.model(
                 transformers.AutoModelForCausalLM,

@@ -43,8 +43,8 @@ def conversation(turns: Sequence[Any], row: Values) -> Conversation:
     Raises:
         DataError: a message without a known role or content, or two system messages.
     """
-    if odd := [turn for turn in turns if not isinstance(turn, Mapping)]:
-        raise DataError(f"a message is {short_json(odd[0])}, expected a role and content")
+    if wrong := [turn for turn in turns if not isinstance(turn, Mapping)]:
+        raise DataError(f"a message is {short_json(wrong[0])}, expected a role and content")
     turns = [turn for turn in turns if not _says_no_system(turn)]
     messages: list[dict[str, Any]] = []
     learned: list[bool | None] = []
@@ -62,16 +62,17 @@ def conversation(turns: Sequence[Any], row: Values) -> Conversation:
 
 def turns_in(value: Any) -> list[Any] | None:
     """Returns the messages in a column: a list, one alone, or JSON text; None if it has none."""
-    found = [value] if isinstance(value, Mapping) else unpacked(value)
-    if not isinstance(found, list) or not found:
+    turns = [value] if isinstance(value, Mapping) else unpacked(value)
+    if not isinstance(turns, list) or not turns:
         return None
-    if not all(isinstance(turn, Mapping) for turn in found):
+    if not all(isinstance(turn, Mapping) for turn in turns):
         return None
-    words = [either(turn, "role", "from") for turn in found]
-    known = all(isinstance(word, str) and word.lower() in ROLES for word in words)
-    if isinstance(value, str) and not known:
-        return None  # JSON that is itself the text to answer
-    return found if all(word is not None for word in words) else None
+    roles = [either(turn, "role", "from") for turn in turns]
+    are_known = all(isinstance(role, str) and role.lower() in ROLES for role in roles)
+    # JSON text without known roles is itself the text to answer.
+    if isinstance(value, str) and not are_known:
+        return None
+    return turns if all(role is not None for role in roles) else None
 
 
 def either(turn: Mapping[str, Any], *keys: str) -> Any:
@@ -99,12 +100,12 @@ def flag(
             continue
         if isinstance(value, int | float) and value in (0, 1):
             return bool(value)
-        if (said := SAYS.get(str(value).lower())) is None:
+        if (meaning := SAYS.get(str(value).lower())) is None:
             raise DataError(
                 f"{whose}{key} is {short_json(value)}; only 0 and 1 are taken, "
                 f"for not learned and learned{way_out}"
             )
-        return said
+        return meaning
     return None
 
 
@@ -122,8 +123,8 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     if turn.get("function_call"):
         calls.append(_call(unpacked(turn["function_call"]), "function_call"))
     if str(word).lower() in CALLING:
-        said = unpacked(content)
-        calls = [_call(call, str(word)) for call in (said if isinstance(said, list) else [said])]
+        given = unpacked(content)
+        calls = [_call(call, str(word)) for call in (given if isinstance(given, list) else [given])]
         content = None
     if content is None and not calls:
         raise DataError(f"the {word}'s content is null, expected text")
@@ -159,21 +160,21 @@ def _call(call: Any, what: str) -> dict[str, Any]:
             f"{what}: the arguments of {inner['name']} are {short_json(arguments)}, "
             "expected a JSON object"
         )
-    found: dict[str, Any] = {
+    for_template: dict[str, Any] = {
         "type": "function",
         "function": {"name": inner["name"], "arguments": dict(arguments)},
     }
-    return {"id": call["id"], **found} if isinstance(call.get("id"), str) else found
+    return {"id": call["id"], **for_template} if isinstance(call.get("id"), str) else for_template
 
 
 def _tools(given: Any) -> list[Any] | None:
     tools = unpacked(given)
     if not tools:
         return None
-    found = [unpacked(tool) for tool in listed(tools, "tools")]
-    if odd := [tool for tool in found if not isinstance(tool, Mapping)]:
-        raise DataError(f"tools holds {short_json(odd[0])}, expected JSON schemas of functions")
+    schemas = [unpacked(tool) for tool in listed(tools, "tools")]
+    if wrong := [schema for schema in schemas if not isinstance(schema, Mapping)]:
+        raise DataError(f"tools holds {short_json(wrong[0])}, expected JSON schemas of functions")
     return [
-        dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
-        for tool in found
+        dict(schema) if "function" in schema else {"type": "function", "function": dict(schema)}
+        for schema in schemas
     ]

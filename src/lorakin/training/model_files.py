@@ -189,26 +189,26 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
 
 
 def _sharded(index: Path, suffix: str) -> tuple[list[Path], Mapping[str, str]]:
-    said = read_object(index, unique=True).get("weight_map")
+    weight_map = read_object(index, unique=True).get("weight_map")
     if (
-        not isinstance(said, dict)
-        or not said
-        or not all(isinstance(name, str) for name in said.values())
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
     ):
         raise ModelError(f"{index} has no weight_map from tensors to files; is it a model's index?")
-    names = sorted(set(said.values()))
-    if outside := [
+    names = sorted(set(weight_map.values()))
+    if unsafe := [
         name for name in names if Path(name).name != name or "\\" in name or name.startswith(".")
     ]:
-        raise ModelError(f"{index} names a file outside of its directory: {outside[0]!r}")
-    if other := [name for name in names if not name.endswith(suffix)]:
-        raise ModelError(f"{index} names {other[0]!r}, expected files that end in {suffix}")
+        raise ModelError(f"{index} names a file outside of its directory: {unsafe[0]!r}")
+    if wrong_suffix := [name for name in names if not name.endswith(suffix)]:
+        raise ModelError(f"{index} names {wrong_suffix[0]!r}, expected files that end in {suffix}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise ModelError(
             f"{index} names files that are not there: {some(missing)}; fetch or copy the whole "
             "model"
         )
-    return [index.parent / name for name in names], said
+    return [index.parent / name for name in names], weight_map
 
 
 def tensors_in(file: Path) -> Iterable[str]:

@@ -80,15 +80,17 @@ def load(
     chosen = resolve_dtype(dtype, classification=labels is not None)
     source, task = source_of(name), task_settings(labels)
     options: dict[str, Any] = {**REPORT, "dtype": DTYPES.get(chosen, "auto")}
-    made = None if quantize is None else quantisation(quantize)
+    quantisation_config = None if quantize is None else quantisation(quantize)
     size = _size(source)
     with loading.as_model_error(f"model {name!r} cannot be loaded"):
-        stored = loading.config(source)
-        if made is not None:
-            config = made(DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task))
+        stored_config = loading.config(source)
+        if quantisation_config is not None:
+            config = quantisation_config(
+                DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task)
+            )
             options |= {"quantization_config": config, "device_map": {"": best_device()}}
         with loading.limited_size(*size):
-            model, found = loading.model(auto, source, **options, **task)
+            model, loading_info = loading.model(auto, source, **options, **task)
         tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
         if tokenizer is not None:
             tokenizer_fingerprint.remember(model, tokenizer)
@@ -99,18 +101,21 @@ def load(
             f"model {name!r} says is_encoder_decoder, and a {type(model).__name__} has no encoder "
             "beside it; if the config is wrong, leave the key out"
         )
-    others = _check(name, model, found, stored, labels)
-    missing = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())
+    mismatched = _check(name, model, loading_info, stored_config, labels)
+    missing = sorted(set(loading_info["missing_keys"]) & dict(model.named_parameters()).keys())
     if is_language_model and missing:
         raise incomplete(name, missing, model)
-    note = None if labels is None else heads.fit(model, heads.named_classes(stored), labels, others)
+    note = None
+    if labels is not None:
+        note = heads.fit(model, heads.named_classes(stored_config), labels, mismatched)
     if labels is not None and tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     where = str(Path(name).resolve()) if Path(name).exists() else name
     model.name_or_path = model.config.name_or_path = where
-    if getattr(model, "hf_quantizer", None) is None:  # which has put the model on its device
+    # A quantiser has put the model on its device.
+    if getattr(model, "hf_quantizer", None) is None:
         model.to(best_device())
-    fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in (*missing, *others)))
+    fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in (*missing, *mismatched)))
     return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh, note)
 
 
@@ -121,17 +126,23 @@ def _auto_class(labels: Sequence[str] | None) -> Any:
 
 
 def _check(
-    name: str, model: Any, found: dict[str, Any], stored: Any, labels: Sequence[str] | None
+    name: str,
+    model: Any,
+    loading_info: dict[str, Any],
+    stored_config: Any,
+    labels: Sequence[str] | None,
 ) -> list[str]:
     """Checks the files' weights against the model's; returns parameters stored in other shapes.
 
     Raises:
         ModelError: weights in the files that the model has no use for, or of a wrong shape.
     """
-    is_packed = getattr(stored, "quantization_config", None) is not None
-    heads.check_unused(name, model, found["unexpected_keys"], stored.architectures or (), is_packed)
+    is_packed = getattr(stored_config, "quantization_config", None) is not None
+    heads.check_unused(
+        name, model, loading_info["unexpected_keys"], stored_config.architectures or (), is_packed
+    )
     replaceable = () if labels is None else head_of(model)
-    return heads.check_shapes(name, model, found["mismatched_keys"], replaceable)
+    return heads.check_shapes(name, model, loading_info["mismatched_keys"], replaceable)
 
 
 def incomplete(name: str, missing: Sequence[str], model: Any) -> ModelError:
@@ -168,14 +179,12 @@ def _warn_of_adapter(source: str, is_there: bool) -> None:
 
 
 def _new_modules(auto: Any, source: str, task: dict[str, Any]) -> list[str] | None:
-    """Returns the modules of a classifier that its files lack. They are trained, so not
-    quantised.
-    """
+    """Returns the modules that a classifier's files lack: they are trained, so not quantised."""
     if not task:
         return None
-    model, found = loading.model(auto, source, device_map="meta", **REPORT, **task)
+    model, loading_info = loading.model(auto, source, device_map="meta", **REPORT, **task)
     parameters = dict(model.named_parameters())
-    missing = {key.rpartition(".")[0] for key in found["missing_keys"] if key in parameters}
+    missing = {key.rpartition(".")[0] for key in loading_info["missing_keys"] if key in parameters}
     return sorted(missing | set(head_of(model)))
 
 

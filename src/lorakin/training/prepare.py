@@ -147,8 +147,8 @@ def _place_adapter(run: PreparedRun, method: Method, template: str | None) -> No
     pilot.remove()
     check_called(model, pilot.placement.methods)
     processes.first_writes(settings)
-    found = measure_importance(run, method, where)
-    run.adapter = adapt(model, method.with_importance(found), **where)
+    shares = measure_importance(run, method, where)
+    run.adapter = adapt(model, method.with_importance(shares), **where)
 
 
 def _where(run: PreparedRun) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _where(run: PreparedRun) -> dict[str, Any]:
     recipe, model = run.recipe, run.loaded.model
     whole = list(recipe.modules_to_save or (head_of(model) if run.labels is not None else []))
     heads = tuple(f"{path}." for path in find_whole_modules(model, whole)) if whole else ()
-    # what the base's files lack, such as a pooler, is random, so it is trained too
+    # What the base's files lack, such as a pooler, is random, so it is trained too.
     whole += [path for path in run.loaded.fresh if not f"{path}.".startswith(heads)]
     return {
         "targets": recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
@@ -194,13 +194,13 @@ def _held_out(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
     """Returns the rows to train on and the rows to evaluate on."""
     if recipe.eval_data is None:
         return reading.split(rows, recipe.holdout, recipe.seed)
-    held = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format)
-    if held.is_classification != rows.is_classification:
+    held_out = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format)
+    if held_out.is_classification != rows.is_classification:
         raise DataError(
-            f"{recipe.eval_data} has format {held.formats[0]}, "
+            f"{recipe.eval_data} has format {held_out.formats[0]}, "
             f"but {rows.name} has {rows.formats[0]}"
         )
-    return rows, held
+    return rows, held_out
 
 
 def encoded(
@@ -218,9 +218,9 @@ def encoded(
         DataError: a row that cannot be learned from or that the model cannot read.
     """
     if labels is not None:
-        found = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
+        result = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
     else:
         day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
-        found = encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
-    limits.check_rows(found.examples, loaded, found.where, rows.name)
-    return found
+        result = encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
+    limits.check_rows(result.examples, loaded, result.where, rows.name)
+    return result

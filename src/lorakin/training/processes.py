@@ -41,18 +41,18 @@ def agreed(value: T) -> T:
     if count() == 1:
         return value
     joined()
-    held = [value]
-    torch.distributed.broadcast_object_list(held)
-    return held[0]
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def everywhere(holds: bool) -> bool:
     """Returns whether something holds in every process."""
     if count() == 1:
         return holds
-    there = torch.tensor(int(holds), device=joined().device)
-    torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MIN)
-    return bool(there)
+    flag = torch.tensor(int(holds), device=joined().device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+    return bool(flag)
 
 
 def by_first(act: Callable[[], T]) -> T:

@@ -103,19 +103,19 @@ class DataRows:
         Raises:
             DataError: a label is no class, labels are of two kinds, or there is only one class.
         """
-        given = {record.source.name: record.source.label_names for record in self.records}
-        if named := [names for names in given.values() if names is not None]:
+        by_source = {record.source.name: record.source.label_names for record in self.records}
+        if named := [names for names in by_source.values() if names is not None]:
             return list(dict.fromkeys(name for names in named for name in names))
-        found = {record.label() for record in self.records}
-        if len(found) < 2:
+        labels = {record.label() for record in self.records}
+        if len(labels) < 2:
             raise DataError(
-                f"{self.name}: all {len(self)} rows have the same label {next(iter(found))!r}"
+                f"{self.name}: all {len(self)} rows have the same label {next(iter(labels))!r}"
             )
         contents = [record.content for record in self.records]
         kinds = {isinstance(c.label, str | bool) for c in contents if isinstance(c, Labelled)}
         if len(kinds) > 1:
             raise DataError(f"{self.name}: some labels are text and some are numbers; use one kind")
-        return sorted(found) if kinds == {True} else sorted(found, key=int)
+        return sorted(labels) if kinds == {True} else sorted(labels, key=int)
 
 
 def read_rows(
@@ -127,8 +127,8 @@ def read_rows(
         names: one or several: a file whose name ends in .jsonl, .ndjson, .json, .csv, .tsv, .txt or
             .parquet, perhaps with .gz after it; or a hub data set, as org/set, org/set:split or
             org/set:config:split.
-        columns: a format's column → the column that stands for it in the data. Others are left
-            aside then.
+        columns: a format's column → the column that stands for it in the data. Others are
+            ignored then.
         layout: the name of the format; by default it is detected.
 
     Raises:
@@ -137,8 +137,8 @@ def read_rows(
     """
     if layout is not None and layout not in formats.NAMES:
         raise DataError(f"format must be one of {', '.join(formats.NAMES)}, not {layout!r}")
-    each = [names] if isinstance(names, str) else names
-    parts = [_read_one(name, columns or {}, layout) for name in each]
+    names = [names] if isinstance(names, str) else names
+    parts = [_read_one(name, columns or {}, layout) for name in names]
     if len({part.is_classification for part in parts}) > 1:
         kinds = "; ".join(f"{part.name} has format {part.formats[0]}" for part in parts)
         raise DataError(f"data of a classifier and of a language model cannot be mixed: {kinds}")
@@ -160,24 +160,26 @@ def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Data
     if columns:
         numbered = [(number, _mapped(name, number, row, columns)) for number, row in numbered]
     values = [row for _, row in numbered]
-    found = formats.detected(values, name, layout)
-    source = Source(name, found, label_names.get(columns.get(found.columns[-1], found.columns[-1])))
+    row_format = formats.detected(values, name, layout)
+    last_column = row_format.columns[-1]
+    source = Source(name, row_format, label_names.get(columns.get(last_column, last_column)))
     records = []
     for number, row in numbered:
         try:
             if not formats.is_left_out(row):
-                content = formats.read(found, row, mapped=bool(columns))
+                content = formats.read(row_format, row, mapped=bool(columns))
                 records.append(Record(source, number, row, content))
         except DataError as error:
             raise DataError(
-                f"{name}, row {number}: {error} (format {found.name}). The row: "
+                f"{name}, row {number}: {error} (format {row_format.name}). The row: "
                 f"{row_in_message(row)}"
             ) from None
     if not records:
         raise DataError(
             f"data {name!r}: all {len(values)} rows say that they are not to be learned"
         )
-    return DataRows(name, records, len(values) - len(records), formats.unused_keys(found, values))
+    left_out = len(values) - len(records)
+    return DataRows(name, records, left_out, formats.unused_keys(row_format, values))
 
 
 def _mapped(
@@ -215,9 +217,9 @@ def split(rows: DataRows, share: float, seed: int) -> tuple[DataRows, DataRows]:
             "give held-out rows with --eval-data"
         )
     size = min(max(1, round(share * count)), HOLDOUT_LIMIT, count - 1)
-    held = set(random.Random(seed).sample(range(count), size))
-    train = [record for at, record in enumerate(rows.records) if at not in held]
-    test = [record for at, record in enumerate(rows.records) if at in held]
+    held_out = set(random.Random(seed).sample(range(count), size))
+    train = [record for n, record in enumerate(rows.records) if n not in held_out]
+    test = [record for n, record in enumerate(rows.records) if n in held_out]
     return dataclasses.replace(rows, records=train), dataclasses.replace(rows, records=test)
 
 

@@ -114,15 +114,17 @@ def importance_table(method: Method, found: Mapping[str, float]) -> Table:
 def notes(run: PreparedRun, before: Evaluation, after: Evaluation) -> dict[str, str]:
     """Returns what the adapter's model card says about the run."""
     recipe = run.recipe
-    # of a file the name alone: where it lies on this machine is private
+    # Of a file the name alone, since its path on this machine is private.
     sources = [Path(name).name if Path(name).exists() else name for name in recipe.data]
     rows = f"{len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out"
     steps = f"{count(run.total_steps, 'step')} of {count(run.rows_per_step, 'row')}"
-    said = {
+    notes_of_run = {
         "Data": f"{', '.join(sources)}: {rows}",
         "Training": f"{steps} with AdamW, learning rate {recipe.lr:g}, {recipe.schedule} schedule, "
         f"in {recipe.quantize or recipe.dtype}, seed {recipe.seed}",
         "Held out before": described(before),
         "Held out after": described(after),
     }
-    return said if run.labels is None else {**said, "Classes": ", ".join(run.labels)}
+    return (
+        notes_of_run if run.labels is None else {**notes_of_run, "Classes": ", ".join(run.labels)}
+    )

@@ -63,8 +63,8 @@ class Endings:
         Args:
             split: matches special tokens.
         """
-        found = [split.findall(ending) for ending in (self.last, self.inner)]
-        return list(dict.fromkeys(tokens[-1] for tokens in found if tokens))
+        tokens_of = [split.findall(ending) for ending in (self.last, self.inner)]
+        return list(dict.fromkeys(tokens[-1] for tokens in tokens_of if tokens))
 
 
 class Template:
@@ -136,14 +136,14 @@ class Template:
 
     def _given(self, tools: Any = None) -> str:
         try:
-            found: Any = self.tokenizer.get_chat_template(None, tools)
+            source: Any = self.tokenizer.get_chat_template(None, tools)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(f"the tokenizer's chat template cannot be used: {error}") from None
-        if not isinstance(found, str):
+        if not isinstance(source, str):
             raise ModelError(
-                f"the tokenizer's chat template is {str(found)[:80]!r}, expected a text"
+                f"the tokenizer's chat template is {str(source)[:80]!r}, expected a text"
             )
-        return found
+        return source
 
     @property
     def prints_the_day(self) -> bool:
@@ -175,7 +175,8 @@ class Template:
     @cached_property
     def takes_parts(self) -> bool:
         """Whether it reads content only as a list of parts, as templates for pictures do."""
-        self.__dict__["takes_parts"] = False  # for `text`, which asks
+        # `text` reads this property, so it has a value while it is found out.
+        self.__dict__["takes_parts"] = False
         with contextlib.suppress(DataError):
             if ASKED in self.text(_exchange(1)):
                 return False
@@ -226,8 +227,8 @@ class Template:
 
     def ids(self, text: str) -> list[int]:
         """Returns the tokens of a text that the template wrote; no BOS token is added."""
-        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def endings_of(template: Template) -> Endings:
@@ -263,10 +264,10 @@ def _exchange(turns: int) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in texts[:turns]]
 
 
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+def _shared(first: Sequence[str], second: Sequence[str]) -> int:
     """Returns how many pieces two lists begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _to_special(split: re.Pattern[str], pieces: Sequence[str]) -> str:
@@ -293,8 +294,8 @@ def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pieces(split: re.Pattern[str], text: str) -> list[str]:
     """Returns the special tokens of a text, and what stands between them."""
-    found, at = [], 0
+    pieces, end_before = [], 0
     for token in split.finditer(text):
-        found += [text[at : token.start()], token.group()]
-        at = token.end()
-    return [piece for piece in (*found, text[at:]) if piece]
+        pieces += [text[end_before : token.start()], token.group()]
+        end_before = token.end()
+    return [piece for piece in (*pieces, text[end_before:]) if piece]

@@ -21,48 +21,52 @@ class Unverified(DataError):
     """A conversation whose learned part cannot be shown to be its answers."""
 
 
-def labelled(template: Template, whole: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+def labelled(
+    template: Template, full_text: str, spans: Sequence[Span]
+) -> tuple[list[int], list[int]]:
     """Returns the token ids of a text, and labels on its spans; the other labels are -100.
 
     A token that reaches over the edge of a span is cut there.
 
     Args:
         template: its tokenizer, which cuts the text, and its special tokens.
-        whole: the text that the template wrote.
+        full_text: the text that the template wrote.
         spans: where what is learned begins and ends, in order.
 
     Raises:
         Unverified: the tokenizer cannot cut at an edge.
     """
     tokenizer = template.tokenizer
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    encoded = tokenizer(
+        full_text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast
+    )
     ids: list[int] = list(encoded["input_ids"])
     if tokenizer.is_fast:
-        labels = _aligned(template, whole, ids, encoded["offset_mapping"], spans)
+        labels = _aligned(template, full_text, ids, encoded["offset_mapping"], spans)
         if labels is not None:
             return ids, labels
 
     ids, labels, before = [], [], ""
-    for start, end, learns in _pieces(whole, spans):
-        text = whole[start:end]
+    for start, end, is_learned in _pieces(full_text, spans):
+        piece = full_text[start:end]
         if before:
-            part = continued(tokenizer, _last_of(template, before), text)
+            piece_ids = continued(tokenizer, _last_of(template, before), piece)
         else:
-            part = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += part
-        labels += part if learns else [IGNORED] * len(part)
-        before = whole[:end]
+            piece_ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids += piece_ids
+        labels += piece_ids if is_learned else [IGNORED] * len(piece_ids)
+        before = full_text[:end]
     return ids, labels
 
 
-def _pieces(whole: str, spans: Sequence[Span]) -> Iterator[tuple[int, int, bool]]:
+def _pieces(full_text: str, spans: Sequence[Span]) -> Iterator[tuple[int, int, bool]]:
     """Yields the text in pieces: where each begins and ends, and whether it is learned."""
-    at = 0
+    end_before = 0
     for start, end in spans:
-        yield at, start, False
+        yield end_before, start, False
         yield start, end, True
-        at = end
-    yield at, len(whole), False
+        end_before = end
+    yield end_before, len(full_text), False
 
 
 def _last_of(template: Template, text: str) -> str:
@@ -73,41 +77,50 @@ def _last_of(template: Template, text: str) -> str:
 
 
 def _aligned(
-    template: Template, whole: str, ids: list[int], offsets: Sequence[Span], spans: Sequence[Span]
+    template: Template,
+    full_text: str,
+    ids: list[int],
+    offsets: Sequence[Span],
+    spans: Sequence[Span],
 ) -> list[int] | None:
     """Returns labels on the spans.
 
     None if a token reaches over an edge, or if the text before a span has other tokens by itself.
     """
-    labels, at = [IGNORED] * len(ids), 0
+    labels, n = [IGNORED] * len(ids), 0
     for start, end in spans:
-        while at < len(ids) and offsets[at][1] <= start:
-            at += 1
-        if at < len(ids) and offsets[at][0] < start:
+        while n < len(ids) and offsets[n][1] <= start:
+            n += 1
+        if n < len(ids) and offsets[n][0] < start:
             return None
-        if not _ends_alone(template, whole, ids, offsets, at, start):
+        if not _same_tokens_alone(template, full_text, ids, offsets, n, start):
             return None
-        while at < len(ids) and offsets[at][1] <= end:
-            labels[at] = ids[at]
-            at += 1
-        if at < len(ids) and offsets[at][0] < end:
+        while n < len(ids) and offsets[n][1] <= end:
+            labels[n] = ids[n]
+            n += 1
+        if n < len(ids) and offsets[n][0] < end:
             return None
     return labels
 
 
-def _ends_alone(
-    template: Template, whole: str, ids: list[int], offsets: Sequence[Span], count: int, start: int
+def _same_tokens_alone(
+    template: Template,
+    full_text: str,
+    ids: list[int],
+    offsets: Sequence[Span],
+    count: int,
+    start: int,
 ) -> bool:
-    """Returns whether the first `count` tokens are those of `whole[:start]` by itself.
+    """Returns whether the first `count` tokens are those of `full_text[:start]` by itself.
 
     Only what follows the last special token is cut again: at such a token every text is cut.
     """
-    special = (n for n in range(count - 1, -1, -1) if ids[n] in template.special_ids)
-    first = next(special, None)
+    specials = (n for n in range(count - 1, -1, -1) if ids[n] in template.special_ids)
+    first = next(specials, None)
     begin = 0 if first is None else offsets[first][0]
-    found = template.tokenizer(whole[begin:start], add_special_tokens=False)
-    alone: list[int] = found["input_ids"]
-    return alone == ids[0 if first is None else first : count]
+    encoded = template.tokenizer(full_text[begin:start], add_special_tokens=False)
+    ids_alone: list[int] = encoded["input_ids"]
+    return ids_alone == ids[0 if first is None else first : count]
 
 
 def continued(tokenizer: Any, before: str, text: str) -> list[int]:
@@ -123,18 +136,18 @@ def continued(tokenizer: Any, before: str, text: str) -> list[int]:
     """
 
     def ids_of(part: str) -> list[int]:
-        found: list[int] = tokenizer(part, add_special_tokens=False)["input_ids"]
-        return found
+        ids: list[int] = tokenizer(part, add_special_tokens=False)["input_ids"]
+        return ids
 
-    start, whole, line = ids_of(before), ids_of(before + text), ids_of("\n")
-    wanted = tokenizer.decode(whole)
-    tries = [whole[len(start) :]] if whole[: len(start)] == start else []
+    start, together, line = ids_of(before), ids_of(before + text), ids_of("\n")
+    decoded = tokenizer.decode(together)
+    tries = [together[len(start) :]] if together[: len(start)] == start else []
     tries.append(ids_of(text))
     if (after := ids_of("\n" + text))[: len(line)] == line:
         tries.append(after[len(line) :])
     for ids in tries:
-        if tokenizer.decode(start + ids) == wanted:
+        if tokenizer.decode(start + ids) == decoded:
             return ids
-    if wanted.split() != (before + text).split():
+    if decoded.split() != (before + text).split():
         return ids_of(text)
     raise Unverified(f"the tokenizer cannot put {short(text)} after the prompt as text of its own")

@@ -37,9 +37,9 @@ def rows_of(
 
 
 def _id_of(word: str, tokenizer: Any) -> int:
-    found = tokenizer.convert_tokens_to_ids(word)
-    if not isinstance(found, int) or (
-        found == tokenizer.unk_token_id and word != tokenizer.unk_token
+    number = tokenizer.convert_tokens_to_ids(word)
+    if not isinstance(number, int) or (
+        number == tokenizer.unk_token_id and word != tokenizer.unk_token
     ):
         raise SettingError(
             f"trainable_tokens: the model's tokenizer has no token {word!r}; add it with "
@@ -47,4 +47,4 @@ def _id_of(word: str, tokenizer: Any) -> int:
             "model.resize_token_embeddings(len(tokenizer)), save both to a directory, and train "
             "that model"
         )
-    return found
+    return number

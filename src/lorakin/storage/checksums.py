@@ -100,16 +100,16 @@ def line_of(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
     matrix = weight.reshape(weight.shape[0] if weight.dim() > 1 else 1, -1)
     height = max(1, CHUNK // matrix.shape[1])
     parts = [matrix[start : start + height] for start in range(0, len(matrix), height)]
-    held = next(
+    held_dtype = next(
         (dtype for dtype in PRECISIONS if all(_holds(dtype, part) for part in parts)), weight.dtype
     )
     checksum, second, square = 0, 0, 0.0
     total = torch.zeros(COUNT, dtype=torch.float64)
     left, right = _signs("rows", len(matrix)), _signs("columns", matrix.shape[1])
     for start, part in zip(range(0, len(matrix), height), parts, strict=True):
-        exact = part.to(held).contiguous().cpu()
+        exact = part.to(held_dtype).contiguous().cpu()
         checksum = _crc(exact, checksum)
-        if held in HALF:
+        if held_dtype in HALF:
             second = _crc(exact.masked_fill(exact.abs() < LEAST_IN_FULL, 0), second)
         wide = part if part.dtype == torch.float64 else part.float()
         square += float(torch.linalg.vector_norm(wide)) ** 2
@@ -119,8 +119,8 @@ def line_of(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
     if not all(map(math.isfinite, figures)):
         return None
     numbers = " ".join(f"{number:.7g}" for number in figures)
-    checksums = f"{checksum:08x}{second:08x}" if held in HALF else f"{checksum:08x}"
-    return f"{str(held).removeprefix('torch.')} {checksums} {numbers}"
+    checksums = f"{checksum:08x}{second:08x}" if held_dtype in HALF else f"{checksum:08x}"
+    return f"{str(held_dtype).removeprefix('torch.')} {checksums} {numbers}"
 
 
 def _crc(exact: Tensor, before: int) -> int:
@@ -134,8 +134,8 @@ def _holds(dtype: torch.dtype, part: Tensor) -> bool:
 @functools.lru_cache(maxsize=64)
 def _signs(what: str, length: int) -> Tensor:
     """Returns signs (length, COUNT), float64, from a hash, so that no library's version matters."""
-    drawn = hashlib.shake_128(f"{what} {length}".encode()).digest(length)
-    bits = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(-1, 1) >> torch.arange(
+    random_bytes = hashlib.shake_128(f"{what} {length}".encode()).digest(length)
+    bits = torch.frombuffer(bytearray(random_bytes), dtype=torch.uint8).view(-1, 1) >> torch.arange(
         COUNT, dtype=torch.uint8
     )
     return (bits & 1).double() * 2 - 1

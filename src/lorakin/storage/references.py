@@ -188,26 +188,27 @@ def _reference_in(tensor: Tensor, stored: Tensor, name: str) -> TensorReference 
     is_wider = is_wider and stored.element_size() > tensor.element_size() > 1
     if tensor.dtype != stored.dtype and not is_wider:
         return None
-    wanted, known = _matrix(tensor), _matrix(stored)
-    sides = set(wanted.shape) & {1, *known.shape}
-    if not sides or wanted.numel() > known.numel():
+    part, matrix = _matrix(tensor), _matrix(stored)
+    sides = set(part.shape) & {1, *matrix.shape}
+    if not sides or part.numel() > matrix.numel():
         return None
-    wanted, known = _bits(wanted.to(stored.dtype)), _bits(known)
-    range_found = _range_of(wanted, known)
-    if range_found is None and wanted.shape[1] == 1:
-        wanted = wanted.T  # a vector, which may lie along a row in the file
-        range_found = _range_of(wanted, known)
+    part, matrix = _bits(part.to(stored.dtype)), _bits(matrix)
+    range_found = _range_of(part, matrix)
+    if range_found is None and part.shape[1] == 1:
+        # A vector may lie along a row in the file.
+        part = part.T
+        range_found = _range_of(part, matrix)
     if range_found is None:
         return None
     rows, columns = range_found
     is_whole = rows is None and columns is None
-    usual = stored.shape if is_whole else wanted.shape
+    default_shape = stored.shape if is_whole else part.shape
     return TensorReference(
         name,
         PEFT_TENSORS,
         rows,
         columns,
-        None if tensor.shape == usual else list(tensor.shape),
+        None if tensor.shape == default_shape else list(tensor.shape),
         None if tensor.dtype == stored.dtype else _dtype_name(tensor.dtype),
     )
 
@@ -215,29 +216,29 @@ def _reference_in(tensor: Tensor, stored: Tensor, name: str) -> TensorReference 
 Range = tuple[tuple[int, int] | None, tuple[int, int, int] | None]
 
 
-def _range_of(wanted: Tensor, known: Tensor) -> Range | None:
-    """Returns the range of rows or columns in which `known` equals `wanted`; None if none does."""
-    (rows, columns), (all_rows, all_columns) = wanted.shape, known.shape
-    if wanted.shape == known.shape:
-        return (None, None) if torch.equal(wanted, known) else None
+def _range_of(part: Tensor, matrix: Tensor) -> Range | None:
+    """Returns the range of rows or columns in which `matrix` equals `part`; None if none does."""
+    (rows, columns), (all_rows, all_columns) = part.shape, matrix.shape
+    if part.shape == matrix.shape:
+        return (None, None) if torch.equal(part, matrix) else None
     if columns == all_columns and rows < all_rows:
-        for first in _equal_rows(known[: all_rows - rows + 1], wanted[0]):
-            if torch.equal(known[first : first + rows], wanted):
+        for first in _equal_rows(matrix[: all_rows - rows + 1], part[0]):
+            if torch.equal(matrix[first : first + rows], part):
                 return (first, first + rows), None
     if rows == all_rows and columns < all_columns:
-        return _columns(wanted, known)
+        return _columns(part, matrix)
     return None
 
 
-def _columns(wanted: Tensor, known: Tensor) -> Range | None:
-    across = known.T
-    firsts = _equal_rows(across, wanted[:, 0])
-    seconds = _equal_rows(across, wanted[:, 1]) if wanted.shape[1] > 1 else []
+def _columns(part: Tensor, matrix: Tensor) -> Range | None:
+    across = matrix.T
+    firsts = _equal_rows(across, part[:, 0])
+    seconds = _equal_rows(across, part[:, 1]) if part.shape[1] > 1 else []
     for first in firsts:
-        steps = [1] if wanted.shape[1] == 1 else [n - first for n in seconds if n > first]
+        steps = [1] if part.shape[1] == 1 else [n - first for n in seconds if n > first]
         for step in steps[:2]:
-            end = first + step * (wanted.shape[1] - 1) + 1
-            if end <= known.shape[1] and torch.equal(known[:, first:end:step], wanted):
+            end = first + step * (part.shape[1] - 1) + 1
+            if end <= matrix.shape[1] and torch.equal(matrix[:, first:end:step], part):
                 return None, (first, end, step)
     return None
 
@@ -259,4 +260,4 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _dtype_name(dtype: torch.dtype) -> Any:
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next(name for name, value in DTYPES.items() if value == dtype)

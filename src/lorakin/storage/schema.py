@@ -39,7 +39,7 @@ Finite = Annotated[float, Check("a finite number", math.isfinite)]
 Positive = Annotated[float, Check("a finite number above 0", lambda value: 0 < value < math.inf)]
 
 
-def checked(kind: Any, value: Any, at: str = "") -> Any:
+def checked(kind: Any, value: Any, where: str = "") -> Any:
     """Returns `value` as the type `kind`, with dataclasses built from dicts, tuples from lists.
 
     >>> checked(tuple[int, float], [1, 2.5])
@@ -49,40 +49,40 @@ def checked(kind: Any, value: Any, at: str = "") -> Any:
         ...
     lorakin.storage.schema.SchemaError: ids[1] is 'two', expected a whole number
 
-    `at` is the value's path in the file, for messages.
+    `where` is the value's path in the file, for messages.
 
     Raises:
         SchemaError: it is of another type somewhere inside.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        value_in_type = checked(inner[0], value, at)
+        value_in_type = checked(inner[0], value, where)
         for check in inner[1:]:
             if isinstance(check, Check) and not check.holds(value_in_type):
-                raise _error(value, check.what, at)
+                raise _error(value, check.what, where)
         return value_in_type
     if origin in (Union, types.UnionType):
-        return _one_of(inner, value, at)
+        return _one_of(inner, value, where)
     if origin is Literal:
-        if not any(type(value) is type(one) and value == one for one in inner):
-            raise _error(value, in_words(kind), at)
+        if not any(type(value) is type(option) and value == option for option in inner):
+            raise _error(value, in_words(kind), where)
         return value
     if dataclasses.is_dataclass(kind):
-        return _record(kind, value, at)
+        return _record(kind, value, where)
     if origin is list:
-        _require(isinstance(value, list | tuple), value, kind, at)
-        return [checked(inner[0], item, f"{at}[{n}]") for n, item in enumerate(value)]
+        _require(isinstance(value, list | tuple), value, kind, where)
+        return [checked(inner[0], item, f"{where}[{n}]") for n, item in enumerate(value)]
     if origin is tuple:
-        _require(isinstance(value, list | tuple) and len(value) == len(inner), value, kind, at)
+        _require(isinstance(value, list | tuple) and len(value) == len(inner), value, kind, where)
         return tuple(
-            checked(one, item, f"{at}[{n}]")
-            for n, (one, item) in enumerate(zip(inner, value, strict=True))
+            checked(item_kind, item, f"{where}[{n}]")
+            for n, (item_kind, item) in enumerate(zip(inner, value, strict=True))
         )
     if origin in (dict, Mapping):
-        _require(isinstance(value, Mapping), value, kind, at)
-        keys = [checked(inner[0], key, f"a key of {at or 'it'}") for key in value]
-        return {key: checked(inner[1], value[key], _in(at, key)) for key in keys}
-    _require(_is_plain(kind, value), value, kind, at)
+        _require(isinstance(value, Mapping), value, kind, where)
+        keys = [checked(inner[0], key, f"a key of {where or 'it'}") for key in value]
+        return {key: checked(inner[1], value[key], _in(where, key)) for key in keys}
+    _require(_is_plain(kind, value), value, kind, where)
     return value
 
 
@@ -105,34 +105,35 @@ def _is_plain(kind: Any, value: Any) -> bool:
         return True
     if kind in (None, type(None)):
         return value is None
-    if kind in (int, float):  # NaN and infinities are floats
-        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-        return whole or (kind is float and isinstance(value, float))
+    if kind in (int, float):
+        # NaN and infinities are floats.
+        is_integer = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return is_integer or (kind is float and isinstance(value, float))
     return isinstance(value, kind)
 
 
-def _one_of(kinds: tuple[Any, ...], value: Any, at: str) -> Any:
+def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     problems = []
     for kind in kinds:
         try:
-            return checked(kind, value, at)
+            return checked(kind, value, where)
         except SchemaError as error:
             problems.append((str(error), kind))
     # Of these the type fits, but not the content.
-    inside = [text for text, _ in problems if at and text.startswith((f"{at}.", f"{at}["))]
-    if inside:
-        raise SchemaError(inside[0])
-    raise _error(value, " or ".join(in_words(kind) for _, kind in problems), at)
+    nested = [text for text, _ in problems if where and text.startswith((f"{where}.", f"{where}["))]
+    if nested:
+        raise SchemaError(nested[0])
+    raise _error(value, " or ".join(in_words(kind) for _, kind in problems), where)
 
 
-def _record(kind: Any, value: Any, at: str) -> Any:
-    fields, needed = _fields(kind)
-    _require(isinstance(value, Mapping), value, kind, at)
-    if strange := [key for key in value if key not in fields]:
-        raise SchemaError(f"{_in(at, strange[0])} is unknown; known are {', '.join(fields)}")
-    if lacking := [name for name in needed if name not in value]:
-        raise SchemaError(f"{_in(at, lacking[0])} is missing")
-    return kind(**{key: checked(fields[key], item, _in(at, key)) for key, item in value.items()})
+def _record(kind: Any, value: Any, where: str) -> Any:
+    fields, required = _fields(kind)
+    _require(isinstance(value, Mapping), value, kind, where)
+    if unknown := [key for key in value if key not in fields]:
+        raise SchemaError(f"{_in(where, unknown[0])} is unknown; known are {', '.join(fields)}")
+    if lacking := [name for name in required if name not in value]:
+        raise SchemaError(f"{_in(where, lacking[0])} is missing")
+    return kind(**{key: checked(fields[key], item, _in(where, key)) for key, item in value.items()})
 
 
 @functools.cache
@@ -141,12 +142,12 @@ def _fields(kind: Any) -> tuple[dict[str, Any], list[str]]:
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     missing = dataclasses.MISSING
-    needed = [
+    required = [
         name
         for name, field in fields.items()
         if field.default is missing and field.default_factory is missing
     ]
-    return {name: hints[name] for name in fields}, needed
+    return {name: hints[name] for name in fields}, required
 
 
 def in_words(kind: Any) -> str:
@@ -195,15 +196,15 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def _require(holds: bool, value: Any, kind: Any, at: str) -> None:
+def _require(holds: bool, value: Any, kind: Any, where: str) -> None:
     if not holds:
-        raise _error(value, in_words(kind), at)
+        raise _error(value, in_words(kind), where)
 
 
-def _error(value: Any, expected: str, at: str) -> SchemaError:
-    return SchemaError(f"{at or 'it'} is {short_repr(value)}, expected {expected}")
+def _error(value: Any, expected: str, where: str) -> SchemaError:
+    return SchemaError(f"{where or 'it'} is {short_repr(value)}, expected {expected}")
 
 
-def _in(at: str, key: Any) -> str:
+def _in(where: str, key: Any) -> str:
     name = short_repr(key).strip("'") if isinstance(key, str) else short_repr(key)
-    return f"{at}.{name}" if at else name
+    return f"{where}.{name}" if where else name

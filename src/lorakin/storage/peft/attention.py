@@ -79,7 +79,7 @@ def to_peft(
         scale_of = {
             part: scales[f"{owner}.{part}"] for part in PART_PREFIX if f"{owner}.{part}" in scales
         }
-        scale = max(scale_of.values(), key=lambda one: one.rank)
+        scale = max(scale_of.values(), key=lambda pair_scale: pair_scale.rank)
         for part, slots in slots_of.items():
             if part in scale_of:
                 slots = _padded_to(scale, slots, scale_of[part])
@@ -105,34 +105,34 @@ def _padded_to(
     scale: PairScale, slots: Mapping[str, Tensor], present: PairScale
 ) -> dict[str, Tensor]:
     """Returns the same change at another rank and scale: with zeros, and B times a factor."""
-    factor, more = present.value / scale.value, scale.rank - len(slots[DOWN])
-    if factor == 1 and not more:
+    factor, added = present.value / scale.value, scale.rank - len(slots[DOWN])
+    if factor == 1 and not added:
         return dict(slots)
     A, B = slots[DOWN], slots[UP] * factor
     return {
         **slots,
-        DOWN: torch.cat([A, A.new_zeros(more, A.shape[1])]),
-        UP: torch.cat([B, B.new_zeros(len(B), more)], 1),
+        DOWN: torch.cat([A, A.new_zeros(added, A.shape[1])]),
+        UP: torch.cat([B, B.new_zeros(len(B), added)], 1),
     }
 
 
 def from_peft(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    known: Collection[str] | None,
+    recorded: Collection[str] | None,
     where: str,
     *,
-    ours: bool,
+    by_lorakin: bool,
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """Returns the config and tensors with a pair for each part of an attention.
 
     Args:
         config: PEFT's config.
         tensors: tensors by PEFT's key.
-        known: the paths for which lorakin.json has tensors, if it has any. A part that is not
+        recorded: the paths for which lorakin.json has tensors, if it has any. A part that is not
             among them and whose pair is zero is not adapted.
         where: the file, for messages.
-        ours: whether lorakin wrote the files.
+        by_lorakin: whether lorakin wrote the files.
     """
     owners = _owners_in_file(config, tensors)
     if not owners:
@@ -146,14 +146,14 @@ def from_peft(
             path, slots = f"{owner}.{part}", take(left, f"{PREFIX}{owner}.{nested}")
             is_zero = UP not in slots or not slots[UP].any()
             doubled += [path] if part == OUT and not is_zero else []
-            if known is not None and path not in known and is_zero:
+            if recorded is not None and path not in recorded and is_zero:
                 continue
             split |= keyed(f"{PREFIX}{path}.", slots)
             out_projections += [path] if part == OUT else []
-            for (field, usual), value in zip(PATTERNS, (scale.rank, scale.alpha), strict=True):
-                if resolve(patterns[field], path, config.get(usual, 8)) != value:
+            for (field, default), value in zip(PATTERNS, (scale.rank, scale.alpha), strict=True):
+                if resolve(patterns[field], path, config.get(default, 8)) != value:
                     patterns[field] = {f"^{re.escape(path)}": value} | patterns[field]
-    if doubled and not ours:
+    if doubled and not by_lorakin:
         warnings.warn(
             f"{where}: it adapts {some(doubled)}. PEFT 0.21.2 adds that change twice in every "
             "forward (peft#3774); lorakin adds it once, as the tensors say, so the outputs differ "

@@ -40,7 +40,7 @@ def as_layers(
     targets = config.get(TARGET_PARAMETERS)
     if not targets:
         return config, tensors
-    changed_tensors, found, others = dict(tensors), list[str](), set[str]()
+    changed_tensors, layers, others = dict(tensors), list[str](), set[str]()
     for path, module in model.named_modules():
         hits = {t for name in module._parameters for t in targets if _names(t, path, name)}
         kind = layer_kinds.kind_of(module)
@@ -53,7 +53,7 @@ def as_layers(
                 f"{where}: it adapts the weight of {path} as a stack of matrices, but that is a "
                 "convolution"
             )
-        found.append(path)
+        layers.append(path)
         A, B = (
             changed_tensors.pop(f"{PREFIX}{path}.{LORA_TENSOR_NAMES[slot]}", None)
             for slot in (DOWN, UP)
@@ -65,15 +65,15 @@ def as_layers(
         pair = (B.T, A.T) if kind in (EmbeddingLayer, TransposedLayer) else (A, B)
         for slot, tensor in zip((DOWN, UP), pair, strict=True):
             changed_tensors[f"{PREFIX}{path}.{names(LORA, kind)[slot]}"] = tensor.contiguous()
-    if not found:
+    if not layers:
         return config, tensors
     modules = config.get("target_modules") or []
-    pattern = "|".join([f"(?:{modules})", *map(re.escape, found)])
-    modules = pattern if isinstance(modules, str) else [*modules, *found]
-    done = {t for t in targets if any(_names(t, path, "weight") for path in found)} - others
-    rest = [target for target in targets if target not in done]
+    pattern = "|".join([f"(?:{modules})", *map(re.escape, layers)])
+    modules = pattern if isinstance(modules, str) else [*modules, *layers]
+    replaced = {t for t in targets if any(_names(t, path, "weight") for path in layers)} - others
+    rest = [target for target in targets if target not in replaced]
     changed = {"target_modules": modules, TARGET_PARAMETERS: rest}
-    return {**config, **_patterns(config, found), **changed}, changed_tensors
+    return {**config, **_patterns(config, layers), **changed}, changed_tensors
 
 
 def _names(target: str, path: str, name: str) -> bool:
@@ -85,13 +85,13 @@ def _patterns(config: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
     """Returns the config's patterns for the paths of layers; PEFT matched those of parameters."""
     patterns = {}
     for field, default in PATTERNS:
-        present, usual = dict(config.get(field) or {}), config.get(default, 8)
-        values = PatternValues(present)
-        wanted = {path: values.of(f"{path}.weight", usual) for path in paths}
+        patterns_of_field, default_value = dict(config.get(field) or {}), config.get(default, 8)
+        values = PatternValues(patterns_of_field)
+        value_of = {path: values.of(f"{path}.weight", default_value) for path in paths}
         changed = {
             f"^{re.escape(path)}": value
-            for path, value in wanted.items()
-            if values.of(path, usual) != value
+            for path, value in value_of.items()
+            if values.of(path, default_value) != value
         }
-        patterns[field] = changed | present
+        patterns[field] = changed | patterns_of_field
     return patterns

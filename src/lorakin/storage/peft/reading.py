@@ -138,16 +138,18 @@ def parsed_files(
     """Returns the files with a pair for every single module; `model` may be None."""
     peft_format = check_config(config, where)
     tensors = starts.without_training_tensors(tensors)
-    known = None if part is None or part.tensors is None else part.tensors.keys()
+    recorded = None if part is None or part.tensors is None else part.tensors.keys()
     if config.get(TARGET_PARAMETERS) and part is not None:
         # PEFT has no dropout for parameters, so the adapter's is in lorakin's part.
         dropouts = [entry.settings.get("dropout") for entry in part.members]
         config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
     if model is not None:
         config, tensors = layer_weights.as_layers(config, tensors, model, where)
-    ours = part is not None
-    config, tensors = attention.from_peft(config, tensors, known, where, ours=ours)
-    config, tensors = unstack_experts.from_peft(config, tensors, model, known, where, ours=ours)
+    by_lorakin = part is not None
+    config, tensors = attention.from_peft(config, tensors, recorded, where, by_lorakin=by_lorakin)
+    config, tensors = unstack_experts.from_peft(
+        config, tensors, model, recorded, where, by_lorakin=by_lorakin
+    )
     slots, rest = by_module(peft_format, tensors)
     return ReadFiles(
         peft_format,

@@ -147,40 +147,42 @@ class _CheckpointConversion:
 
     def todays_key(self, key: str, modules: Mapping[str, nn.Module]) -> str:
         """Returns a parameter's key today, if it has another one."""
-        new, source = self.rename(key, self.renamings, self.converters)
-        return new if source is None and new.rpartition(".")[0] in modules else key
+        new_key, source = self.rename(key, self.renamings, self.converters)
+        return new_key if source is None and new_key.rpartition(".")[0] in modules else key
 
     def todays_path(self, path: str) -> str:
         """Returns a module's path today."""
-        new: str = self.rename(f"{path}.weight", self.renamings, [])[0]
-        return new.removesuffix(".weight")
+        new_key: str = self.rename(f"{path}.weight", self.renamings, [])[0]
+        return new_key.removesuffix(".weight")
 
     def places(self, path: str, modules: Mapping[str, nn.Module]) -> list[RenamedPlace]:
         """Returns where the module at `path` is today; [] if that is not known."""
-        new, source = self.rename(f"{path}.weight", self.renamings, self.converters)
+        new_key, source = self.rename(f"{path}.weight", self.renamings, self.converters)
+        new_path = new_key.removesuffix(".weight")
         if source is None:
             # A module, or a parameter that acts as one.
-            possible = (new.removesuffix(".weight"), f"{new}.0")
-            return [RenamedPlace(one) for one in possible if _can_adapt(modules, one)][:1]
-        converter = next(one for one in self.converters if source in one.source_patterns)
+            possible = (new_path, f"{new_key}.0")
+            return [RenamedPlace(p) for p in possible if _can_adapt(modules, p)][:1]
+        converter = next(c for c in self.converters if source in c.source_patterns)
         sources, targets = converter.source_patterns, converter.target_patterns
         kinds = [type(operation).__name__ for operation in converter.operations]
         if len(targets) > 1:
             if len(sources) > 1 or kinds != ["Chunk"] or converter.operations[0].dim != 0:
                 return []
             paths = [
-                new.replace(targets[0], target, 1).removesuffix(".weight") for target in targets
+                new_key.replace(targets[0], target, 1).removesuffix(".weight") for target in targets
             ]
-            places = [RenamedPlace(one, cut=(n, len(paths))) for n, one in enumerate(paths)]
+            places = [RenamedPlace(p, cut=(n, len(paths))) for n, p in enumerate(paths)]
             return places if all(place.path in modules for place in places) else []
         if not _only_joins(converter.operations):
             return []
-        new = new.removesuffix(".weight")
         if "MergeModulelist" in kinds:
             before = self.rename(f"{path}.weight", self.renamings, [])[0]
             number = re.search(source.replace("*.", r"(\d+)\."), before)
-            new = f"{new}.{number[1]}" if number else new
-        return [RenamedPlace(new, sources.index(source), len(sources))] if new in modules else []
+            new_path = f"{new_path}.{number[1]}" if number else new_path
+        if new_path not in modules:
+            return []
+        return [RenamedPlace(new_path, sources.index(source), len(sources))]
 
 
 def _only_joins(operations: Iterable[Any]) -> bool:
@@ -191,8 +193,8 @@ def _only_joins(operations: Iterable[Any]) -> bool:
         if kind == "MergeModulelist" and operation.dim == 0:
             axes.insert(0, "experts")
         elif kind == "Transpose":
-            one, other = operation.dim0, operation.dim1
-            axes[one], axes[other] = axes[other], axes[one]
+            first, second = operation.dim0, operation.dim1
+            axes[first], axes[second] = axes[second], axes[first]
         elif kind != "Concatenate" or axes[operation.dim] != "outputs":
             return False
     return True

@@ -105,18 +105,18 @@ def _check_shapes(
     peft_format: PeftFormat,
     method: Method,
     targets: Mapping[str, UnadaptedModule],
-    found: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
     where: str,
 ) -> None:
     rank, (inputs, outputs) = method.setting("rank"), _largest_sides(targets)
-    for slot, tensor in found.items():
-        wanted = peft_format.pair_slots[slot].sizes(rank, Shape(outputs, inputs))
+    for slot, tensor in shared.items():
+        expected = peft_format.pair_slots[slot].sizes(rank, Shape(outputs, inputs))
         have = tuple(tensor.shape)
-        is_wide = len(have) == 2 and all(h >= w for h, w in zip(have, wanted, strict=True))
+        is_wide = len(have) == 2 and all(h >= w for h, w in zip(have, expected, strict=True))
         if not is_wide or rank not in have:
             raise AdapterError(
-                f"{where}: {peft_format.shared[slot]} has shape {have}, expected {wanted} for rank "
-                f"{rank} on this base"
+                f"{where}: {peft_format.shared[slot]} has shape {have}, expected {expected} for "
+                f"rank {rank} on this base"
             )
 
 
@@ -134,8 +134,8 @@ def _drawn(
             "is damaged or hostile"
         )
     pair = method.parametrisation
-    fresh = pair.start_all(targets, dict.fromkeys(targets, pair), None, torch.device("cpu"))
-    slots = next(iter(fresh.values()))
+    initial = pair.start_all(targets, dict.fromkeys(targets, pair), None, torch.device("cpu"))
+    slots = next(iter(initial.values()))
     return {slot: slots[slot] for slot in peft_format.shared}
 
 

@@ -67,8 +67,8 @@ def check_targets(
             return
         results.append((paths, absent))
     # The error is about the likeliest interpretation.
-    wanted, lacking = results[0]
-    missing = lacking or sorted(wanted - set(slots))
+    targeted, lacking = results[0]
+    missing = lacking or sorted(targeted - set(slots))
     if lacking or (missing and not old_paths):
         raise AdapterError(
             f"{where}: the config targets {some(missing)}, but the file has no tensors for it"
@@ -81,7 +81,7 @@ def check_targets(
             LorakinWarning,
             stacklevel=2,
         )
-    if extra := sorted(in_file - wanted):
+    if extra := sorted(in_file - targeted):
         raise AdapterError(
             f"{where}: the file has tensors for {some(extra)}, which the config does not target"
         )
@@ -97,7 +97,7 @@ def _absent_experts(
     They are named as in the file.
     """
     in_file = {name for names in old_paths.values() for name in names}
-    wanted, seen = set[str](), set[tuple[str, str, str]]()
+    experts, seen = set[str](), set[tuple[str, str, str]]()
     for path, names in old_paths.items():
         stack, _, number = path.rpartition(".")
         if layer_kinds.kind_of(modules[path]) is not ExpertLayer:
@@ -110,8 +110,8 @@ def _absent_experts(
                     lambda n, stack=stack: f"{stack}.{n}" in modules,  # type: ignore[misc]
                     itertools.count(),
                 )
-                wanted |= {f"{start}.{n}.{end}" for n in numbers}
-    return sorted(name for name in wanted - in_file if interpretation.takes(name))
+                experts |= {f"{start}.{n}.{end}" for n in numbers}
+    return sorted(name for name in experts - in_file if interpretation.takes(name))
 
 
 class Interpretation:
@@ -125,7 +125,7 @@ class Interpretation:
         self,
         targets: str | list[str],
         config: Mapping[str, Any],
-        known: Collection[str],
+        whole_paths: Collection[str],
         which: int,
     ) -> None:
         """Makes an interpretation.
@@ -133,12 +133,12 @@ class Interpretation:
         Args:
             targets: the config's targets.
             config: the config.
-            known: paths; an entry that is one of them selects that path alone.
+            whole_paths: paths; an entry that is one of them selects that path alone.
             which: `FIRST` or `LAST`.
         """
         self.targets = targets if isinstance(targets, str) else frozenset(targets)
         self.excluded = config.get("exclude_modules") or ()
-        self.known = known
+        self.whole_paths = whole_paths
         numbers = config.get("layers_to_transform")
         self.numbers = {numbers} if isinstance(numbers, int) else set(numbers or ())
         names = config.get("layers_pattern") or []
@@ -152,7 +152,7 @@ class Interpretation:
             return False
         if isinstance(self.targets, str) or path in self.targets:
             return _matches(self.targets, path)
-        return _ends_in(self.targets, path, self.known) and (
+        return _ends_in(self.targets, path, self.whole_paths) and (
             not self.numbers or self._layer_of(path) in self.numbers
         )
 
@@ -167,14 +167,14 @@ class Interpretation:
 
 
 def _interpretations(
-    targets: str | list[str], config: Mapping[str, Any], known: Collection[str]
+    targets: str | list[str], config: Mapping[str, Any], whole_paths: Collection[str]
 ) -> Iterator[Interpretation]:
     """Yields the ways to interpret a config, the likeliest first.
 
     In lorakin's files an entry that is a module's whole path means that module alone. For PEFT it
     is also the end of other modules' paths.
     """
-    yield Interpretation(targets, config, known, FIRST)
+    yield Interpretation(targets, config, whole_paths, FIRST)
     if not isinstance(targets, str):
         yield Interpretation(targets, config, (), FIRST)
         if config.get("layers_to_transform"):
@@ -187,8 +187,9 @@ def _matches(targets: str | Collection[str], path: str) -> bool:
     return path in targets or _ends_in(targets, path, ())
 
 
-def _ends_in(entries: Collection[str], path: str, known: Collection[str]) -> bool:
+def _ends_in(entries: Collection[str], path: str, whole_paths: Collection[str]) -> bool:
     parts = path.split(".")
     return any(
-        (end := ".".join(parts[n:])) in entries and end not in known for n in range(1, len(parts))
+        (end := ".".join(parts[n:])) in entries and end not in whole_paths
+        for n in range(1, len(parts))
     )

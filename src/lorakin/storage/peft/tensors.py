@@ -69,7 +69,7 @@ def by_module(
     peft_format: PeftFormat, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Returns the tensors by path and slot, and those without a slot by key without the prefix."""
-    found: dict[str, dict[str, Tensor]] = {}
+    by_path: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     slot_of = {
         f".{name}": slot
@@ -84,8 +84,8 @@ def by_module(
         if name is None:
             rest[bare] = tensor
         else:
-            found.setdefault(bare.removesuffix(name), {})[slot_of[name]] = tensor
-    return found, rest
+            by_path.setdefault(bare.removesuffix(name), {})[slot_of[name]] = tensor
+    return by_path, rest
 
 
 def check_shapes(

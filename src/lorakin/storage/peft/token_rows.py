@@ -82,10 +82,11 @@ def says_all_of_ties(config: Mapping[str, Any]) -> bool:
 
 def counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Returns path → number of rows in an adapter's file."""
-    found = {
-        key.removeprefix(PREFIX): len(rows) for key, rows in tensors.items() if key.endswith(DELTA)
+    return {
+        key.removeprefix(PREFIX).removesuffix(DELTA).removesuffix(WRAPPER): len(rows)
+        for key, rows in tensors.items()
+        if key.endswith(DELTA)
     }
-    return {key.removesuffix(DELTA).removesuffix(WRAPPER): count for key, count in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,27 +131,24 @@ def from_peft(
         return ReadTokenRows({}, {}, rest)
     ids = _ids(modules, config, rows, where)
     values: dict[str, dict[int, Tensor]] = {}
-    for path, of_path in ids.items():
+    for path, ids_of_path in ids.items():
         size = len(tables[path]) if path in tables else _size(samples, path)
-        _check_rows(path, modules[path], of_path, rows[path], size, where)
-        values[path] = dict(zip(of_path, rows[path], strict=True))
+        _check_rows(path, modules[path], ids_of_path, rows[path], size, where)
+        values[path] = dict(zip(ids_of_path, rows[path], strict=True))
     for path, table in tables.items():
         new = _new_rows(path, modules[path], table, values.get(path, {}), where)
         if new and (path in slots or path in whole_modules):
             raise _other_table_error(path, table, modules[path], where)
         values.setdefault(path, {}).update(new)
     try:
-        named = {path: tuple(sorted(rows)) for path, rows in values.items() if rows}
-        tokens = tied_rows(
-            model,
-            named,
-            whole_modules,
-            lambda one, other: (
-                _equal_rows(values[one], values[other])
-                if other in named
-                else _peft_ties(model, one)
-            ),
-        )
+        ids_by_path = {path: tuple(sorted(rows)) for path, rows in values.items() if rows}
+
+        def same_values(path: str, other: str) -> bool:
+            if other in ids_by_path:
+                return _equal_rows(values[path], values[other])
+            return _peft_ties(model, path)
+
+        tokens = tied_rows(model, ids_by_path, whole_modules, same_values)
         check_no_pair_on_rows(tokens, slots)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
@@ -201,10 +199,14 @@ def _ids(
             f"{where}: it is for another base model: it trains rows of {some(unknown)}, which this "
             "model does not have"
         )
-    named = field if isinstance(field, Mapping) else {"": field} if field else {}
-    ids = {path: list(named[name]) for path in rows if (name := _name_of(path, named)) is not None}
+    ids_by_name = field if isinstance(field, Mapping) else {"": field} if field else {}
+    ids = {
+        path: list(ids_by_name[name])
+        for path in rows
+        if (name := _name_of(path, ids_by_name)) is not None
+    }
 
-    # A head that is tied to one of them may have rows without being named.
+    # A head that is tied to one of them may have rows without being ids_by_name.
     for path in rows.keys() - ids.keys():
         tied = next(
             (other for other in ids if _weight(modules, other) is _weight(modules, path)), None
@@ -214,7 +216,7 @@ def _ids(
         ids[path] = ids[tied]
 
     weights = [_weight(modules, path) for path in ids]
-    for name in named:
+    for name in ids_by_name:
         tables = [path for path in modules if path and path.endswith(name)] if name else list(rows)
         if not any(path in ids or _is_one_of(_weight(modules, path), weights) for path in tables):
             raise AdapterError(
@@ -302,5 +304,5 @@ def _other_table_error(path: str, table: Tensor, module: nn.Module, where: str) 
     )
 
 
-def _equal_rows(one: Mapping[int, Tensor], two: Mapping[int, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+def _equal_rows(first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)

@@ -46,10 +46,10 @@ def from_peft(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     model: nn.Module | None,
-    known: Collection[str] | None,
+    recorded: Collection[str] | None,
     where: str,
     *,
-    ours: bool = False,
+    by_lorakin: bool = False,
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """Returns the config and tensors with a pair for each expert, without `target_parameters`.
 
@@ -58,10 +58,10 @@ def from_peft(
         tensors: tensors by PEFT's key.
         model: the base. Without one, a module's stacks are taken to be in the order that all
             models of transformers have: down_proj is the last.
-        known: the paths for which lorakin.json has tensors, if it has any. An expert that is not
+        recorded: the paths for which lorakin.json has tensors, if it has any. An expert that is not
             among them and whose pair is zero is not adapted.
         where: the file, for messages.
-        ours: whether lorakin wrote the files.
+        by_lorakin: whether lorakin wrote the files.
 
     Raises:
         AdapterError: the parameters are not stacks of experts in `model`; the tensors do not fit
@@ -80,7 +80,9 @@ def from_peft(
     version = config.get(VERSION)
     takes_last: Mapping[str, bool | None] = {}
     if model is not None:
-        takes_last = takes_last_by_owner(model, owners, left, WRITTEN_AS_PEFT if ours else version)
+        takes_last = takes_last_by_owner(
+            model, owners, left, WRITTEN_AS_PEFT if by_lorakin else version
+        )
     per_expert: dict[str, Tensor] = {}
     stacks = [f"{owner}.{name}" for owner, names in owners.items() for name in reversed(names)]
     for owner, names in owners.items():
@@ -99,7 +101,7 @@ def from_peft(
                 if is_transposed:
                     of_expert = transposed(of_expert)
                 path = f"{stack}.{index}"
-                if known is None or path in known or of_expert[UP].any():
+                if recorded is None or path in recorded or of_expert[UP].any():
                     per_expert |= keyed(f"{PREFIX}{path}.", of_expert)
     return _for_experts(config, stacks, per_expert), left | per_expert
 

@@ -17,6 +17,7 @@ from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import module_at
 from lorakin.inject.attachments import base_state
 from lorakin.inject.layer_kinds import TransposedLayer
+from lorakin.inject.patterns import is_inside
 from lorakin.inject.targets import named_modules
 from lorakin.storage.document import Document
 from lorakin.storage.peft import attention, biases, grouped, stack_experts, token_rows
@@ -78,8 +79,8 @@ def native_format(document: Document, model: nn.Module) -> PeftFormat | None:
         return None
     if not (stack_experts.are_whole(model, methods) and attention.are_whole(model, methods)):
         return None
-    known = {*peft_format.slots, *peft_format.shared}
-    holds_all = all(known.issuperset(slots) for slots in document.slots.values())
+    format_slots = {*peft_format.slots, *peft_format.shared}
+    holds_all = all(format_slots.issuperset(slots) for slots in document.slots.values())
     return peft_format if holds_all else None
 
 
@@ -123,7 +124,7 @@ def _files(document: Document, peft_format: PeftFormat, model: nn.Module) -> Pef
     )
     whole_modules = {
         **document.whole_modules,
-        **_wrapped_too(model, document.whole_modules, placement.methods),
+        **_also_wrapped_by_peft(model, document.whole_modules, placement.methods),
     }
     for path, state in whole_modules.items():
         tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in state.items()}
@@ -141,7 +142,7 @@ def _heading(document: Document, model: nn.Module) -> dict[str, Any]:
     kinds = {layer_kinds.kind_of(module_at(model, path)) for path in placement.methods}
     whole_modules = {
         *placement.whole_modules,
-        *_wrapped_too(model, placement.whole_modules, placement.methods),
+        *_also_wrapped_by_peft(model, placement.whole_modules, placement.methods),
     }
     return {
         "task_type": task_of(model, whole_modules),
@@ -186,20 +187,21 @@ def _ranks_kept(document: Document, peft_format: PeftFormat, slot: str) -> dict[
     return {} if all(all(row) for row in kept.values()) else kept
 
 
-def _wrapped_too(
+def _also_wrapped_by_peft(
     model: nn.Module, whole_modules: Collection[str], adapted: Collection[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Returns the base's state of modules that PEFT takes for trained whole although they are not.
+    """Returns the base's state of modules that PEFT wraps as trained whole although they are not.
 
     PEFT compares the ends of names. With "classifier" it wraps "pre_classifier" too, and fails on a
     file that does not hold it.
     """
     if not whole_modules:
         return {}
-    ends, inside = tuple(whole_modules), tuple(f"{path}." for path in whole_modules)
-    found = {}
+    ends = tuple(whole_modules)
+    states = {}
     for path, module in named_modules(model).items():
-        taken = path in whole_modules or path in adapted or path.startswith(inside)
-        if path.endswith(ends) and not taken and any(True for _ in module.parameters()):
-            found[path] = base_state(module)
-    return found
+        if not path.endswith(ends) or path in adapted or is_inside(path, whole_modules):
+            continue
+        if any(True for _ in module.parameters()):
+            states[path] = base_state(module)
+    return states

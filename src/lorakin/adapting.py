@@ -280,9 +280,9 @@ def _measured(
     with _base_alone(model):
         measure(model, list(modules), collector, of, list(batches), loss, member.batches)
     results = collector.results()
-    if missed := [path for path in modules if path not in results]:
+    if uncalled := [path for path in modules if path not in results]:
         raise SettingError(
-            f"{member.word} saw nothing of {missed[0]}: the model did not call it on these "
+            f"{member.word} saw nothing of {uncalled[0]}: the model did not call it on these "
             "batches; leave it out with exclude"
         )
     settings = member.settings_found(results, placement.methods)

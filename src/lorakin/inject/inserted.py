@@ -138,10 +138,10 @@ class InsertedAdapter:
         biases: Mapping[str, Tensor] | None,
     ) -> dict[str, Child]:
         """Returns what to attach to each module, by path; the arguments are those of `install`."""
-        made: Made = {}
+        shared: SharedParameters = {}
         if biases is None:
             biases = initial_biases(self.model, self.placement.biases)
-        bias_of = {path: _bias(modules[path], bias, made) for path, bias in biases.items()}
+        bias_of = {path: _bias(modules[path], bias, shared) for path, bias in biases.items()}
 
         children: dict[str, Child] = {}
         for path, method in self.placement.methods.items():
@@ -155,7 +155,7 @@ class InsertedAdapter:
             shape = kind.shape(module)
             slots = method.slots_at(path, shape)
             parameters = {
-                name: _parameter(slots[name], tensor, kind.device(module), made)
+                name: _parameter(slots[name], tensor, kind.device(module), shared)
                 for name, tensor in tensors[path].items()
             }
             children[path] = Branch(path, method, kind, shape, parameters, bias_of.get(path))
@@ -248,27 +248,29 @@ class InsertedAdapter:
         return registry
 
 
-Made = dict[tuple[int, torch.device], nn.Parameter]
-"""(id of a tensor, device) → the parameter made of it, so that shared ones stay shared."""
+SharedParameters = dict[tuple[int, torch.device], nn.Parameter]
+"""(id of a tensor, device) → its parameter, so that a shared tensor is one parameter."""
 
 
-def _parameter(slot: Slot, tensor: Tensor, device: torch.device, made: Made) -> nn.Parameter:
+def _parameter(
+    slot: Slot, tensor: Tensor, device: torch.device, shared: SharedParameters
+) -> nn.Parameter:
     """Returns a slot's tensor as a parameter on its module's device.
 
     A tensor with values stays where it is if the module is on the meta device.
     """
-    if (id(tensor), device) not in made:
+    if (id(tensor), device) not in shared:
         moved = tensor.detach() if device.type == "meta" else tensor.detach().to(device)
-        made[id(tensor), device] = nn.Parameter(moved, slot_trains(slot, tensor))
-    return made[id(tensor), device]
+        shared[id(tensor), device] = nn.Parameter(moved, slot_trains(slot, tensor))
+    return shared[id(tensor), device]
 
 
-def _bias(module: nn.Module, bias: Tensor, made: Made) -> nn.Parameter:
+def _bias(module: nn.Module, bias: Tensor, shared: SharedParameters) -> nn.Parameter:
     """Returns an adapter's bias as a parameter on the device of the module's."""
     original, moved = base_bias(module), bias.detach()
     if original is not None and not original.is_meta:
         moved = moved.to(original.device)
-    return made.setdefault((id(bias), moved.device), nn.Parameter(moved))
+    return shared.setdefault((id(bias), moved.device), nn.Parameter(moved))
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:

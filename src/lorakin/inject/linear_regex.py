@@ -69,31 +69,31 @@ class Pattern:
         """
         if any(word not in path for word in self.needed):
             return False
-        at = _Text(path, self.text)
-        return bool(self.ends(at, 1) >> len(path) & 1)
+        match = _Match(path, self.text)
+        return bool(self.ends(match, 1) >> len(path) & 1)
 
     def _sequence(self, tree: Any, flags: int) -> Ends:
-        parts = [self._part(operation, content, flags, tree) for operation, content in tree]
+        parts = [self._part(operation, content, flags) for operation, content in tree]
 
-        def ends(at: _Text, places: int) -> int:
+        def ends(match: _Match, places: int) -> int:
             for part in parts:
                 if not places:
                     break
-                places = part(at, places)
+                places = part(match, places)
             return places
 
         return ends
 
-    def _part(self, operation: Any, content: Any, flags: int, tree: Any) -> Ends:
+    def _part(self, operation: Any, content: Any, flags: int) -> Ends:
         if operation in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN):
-            return _letters(operation, content, flags, tree)
+            return _letters(operation, content, flags)
         if operation is sre.AT:
-            return _anchor(operation, content, flags, tree)
+            return _anchor(operation, content, flags)
         if operation is sre.SUBPATTERN:
             _, added, removed, inner = content
             return self._sequence(inner, (flags | added) & ~removed)
         if operation is sre.BRANCH:
-            return _choice([self._sequence(one, flags) for one in content[1]])
+            return _choice([self._sequence(branch, flags) for branch in content[1]])
         if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):
             return _repeat(content[0], content[1], self._sequence(content[2], flags))
         if operation in (sre.ASSERT, sre.ASSERT_NOT):
@@ -103,7 +103,7 @@ class Pattern:
                 self._sequence(inner, flags), width, direction < 0, operation is sre.ASSERT
             )
         if operation is sre.FAILURE:
-            return lambda at, places: 0
+            return lambda match, places: 0
         raise PatternError(
             f"{_shown(self.text)} is not accepted: {str(operation).lower()} can only be matched by "
             "trying one way after another; say it without references to groups, conditions, "
@@ -111,8 +111,8 @@ class Pattern:
         )
 
 
-class _Text:
-    """A path that is being matched: what is known of it, and how many steps are left.
+class _Match:
+    """A path that is being matched: what was found of it, and how many steps are left.
 
     A step tries one part of the pattern in all places.
     """
@@ -121,7 +121,7 @@ class _Text:
         self.path = path
         self.pattern = pattern
         self.steps = 8 * (len(path) + 1) + 8 * len(pattern)
-        self.known: dict[Any, int] = {}
+        self.results: dict[Any, int] = {}
 
     def step(self) -> None:
         self.steps -= 1
@@ -132,40 +132,42 @@ class _Text:
             )
 
 
-Ends = Callable[[_Text, int], int]
-"""(text, places where a part may begin) → places where it can end; bit n is the place after n
+Ends = Callable[[_Match, int], int]
+"""(match, places where a part may begin) → places where it can end; bit n is the place after n
 letters.
 """
 
 
-def _letters(operation: Any, content: Any, flags: int, tree: Any) -> Ends:
-    single = _alone(operation, content, flags, tree)
+def _letters(operation: Any, content: Any, flags: int) -> Ends:
+    single = _single(operation, content, flags)
 
-    def ends(at: _Text, places: int) -> int:
-        at.step()
-        if single not in at.known:
-            fits = {letter for letter in set(at.path) if single.match(letter)}
-            at.known[single] = sum(1 << n for n, letter in enumerate(at.path) if letter in fits)
-        return (places & at.known[single]) << 1
-
-    return ends
-
-
-def _anchor(operation: Any, content: Any, flags: int, tree: Any) -> Ends:
-    anchor = _alone(operation, content, flags, tree)
-
-    def ends(at: _Text, places: int) -> int:
-        at.step()
-        if anchor not in at.known:
-            at.known[anchor] = sum(
-                1 << n for n in range(len(at.path) + 1) if anchor.match(at.path, n)
+    def ends(match: _Match, places: int) -> int:
+        match.step()
+        if single not in match.results:
+            fits = {letter for letter in set(match.path) if single.match(letter)}
+            match.results[single] = sum(
+                1 << n for n, letter in enumerate(match.path) if letter in fits
             )
-        return places & at.known[anchor]
+        return (places & match.results[single]) << 1
 
     return ends
 
 
-def _alone(operation: Any, content: Any, flags: int, tree: Any) -> re.Pattern[str]:
+def _anchor(operation: Any, content: Any, flags: int) -> Ends:
+    anchor = _single(operation, content, flags)
+
+    def ends(match: _Match, places: int) -> int:
+        match.step()
+        if anchor not in match.results:
+            match.results[anchor] = sum(
+                1 << n for n in range(len(match.path) + 1) if anchor.match(match.path, n)
+            )
+        return places & match.results[anchor]
+
+    return ends
+
+
+def _single(operation: Any, content: Any, flags: int) -> re.Pattern[str]:
     """Compiles one operation with `re`; it takes one letter or none, and so no time."""
     state = parser.State()
     state.flags = flags
@@ -173,47 +175,48 @@ def _alone(operation: Any, content: Any, flags: int, tree: Any) -> re.Pattern[st
 
 
 def _choice(ways: list[Ends]) -> Ends:
-    def ends(at: _Text, places: int) -> int:
-        found = 0
+    def ends(match: _Match, places: int) -> int:
+        all_ends = 0
         for way in ways:
-            at.step()
-            found |= way(at, places)
-        return found
+            match.step()
+            all_ends |= way(match, places)
+        return all_ends
 
     return ends
 
 
 def _repeat(least: int, most: int, once: Ends) -> Ends:
-    def ends(at: _Text, places: int) -> int:
+    def ends(match: _Match, places: int) -> int:
         for _ in range(least):
-            before, places = places, once(at, places)
-            at.step()
-            if places in (0, before):  # further repeats find nothing new
+            before, places = places, once(match, places)
+            match.step()
+            # Further repeats find nothing new.
+            if places in (0, before):
                 break
-        found = new = places
+        all_ends = new = places
         for _ in range(most - least):
             if not new:
                 break
-            at.step()
-            new = once(at, new) & ~found
-            found |= new
-        return found
+            match.step()
+            new = once(match, new) & ~all_ends
+            all_ends |= new
+        return all_ends
 
     return ends
 
 
 def _look(inner: Ends, width: int, behind: bool, wanted: bool) -> Ends:
     """Looks ahead, or behind by a fixed width, and keeps the places where that is as `wanted`."""
-    own = object()
+    key = object()
 
-    def ends(at: _Text, places: int) -> int:
-        at.step()
-        looked, seen = at.known.get(own, 0), at.known.get((own, "seen"), 0)
+    def ends(match: _Match, places: int) -> int:
+        match.step()
+        looked, seen = match.results.get(key, 0), match.results.get((key, "seen"), 0)
         for n in _numbers(places & ~looked):
-            at.step()
-            found = inner(at, 1 << n - width) if n >= width else 0
+            match.step()
+            found = inner(match, 1 << n - width) if n >= width else 0
             seen |= (bool(found >> n & 1) if behind else bool(found)) << n
-        at.known[own], at.known[own, "seen"] = looked | places, seen
+        match.results[key], match.results[key, "seen"] = looked | places, seen
         return places & seen if wanted else places & ~seen
 
     return ends
@@ -242,7 +245,7 @@ def _needed(tree: Any) -> list[str]:
             words += _needed(content[3])
         elif operation in (sre.MAX_REPEAT, sre.MIN_REPEAT) and content[0]:
             words += _needed(content[2])
-    return [one for one in (*words, word) if one]
+    return [part for part in (*words, word) if part]
 
 
 def _shown(text: str) -> str:

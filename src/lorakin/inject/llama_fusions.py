@@ -88,7 +88,7 @@ class LightNorm(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Any = self.weight
-        if not _lightly(x, weight):
+        if not _saves_memory(x, weight):
             return super().forward(x)  # type: ignore[no-any-return]
         scale = scale_of(x.detach(), self.variance_epsilon)
         out: Tensor = Norm.apply(x, weight, scale)  # type: ignore[no-untyped-call]
@@ -101,7 +101,7 @@ class LightGate(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         parts: Any = self
         gate, up = parts.gate_proj(x), parts.up_proj(x)
-        if not _lightly(gate, up):
+        if not _saves_memory(gate, up):
             return parts.down_proj(parts.act_fn(gate) * up)  # type: ignore[no-any-return]
         hidden: Tensor = Gate.apply(gate, up)  # type: ignore[no-untyped-call]
         return parts.down_proj(Recomputation.attach(hidden, gated, (gate, up)))  # type: ignore[no-any-return]
@@ -113,21 +113,22 @@ class LightHead(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         head: Any = self
         is_frozen = head.bias is None and not head.weight.requires_grad
-        if not (self.training and is_frozen and _lightly(x, head.weight)):
+        if not (self.training and is_frozen and _saves_memory(x, head.weight)):
             return super().forward(x)  # type: ignore[no-any-return]
         if torch.is_autocast_enabled(x.device.type):
             return super().forward(x)  # type: ignore[no-any-return]
         return LazyLogits.of(x, head.weight)
 
 
-LIGHT = (LightNorm, LightGate, LightHead)
+MIXINS = (LightNorm, LightGate, LightHead)
 
 
-def _lightly(x: Any, other: Tensor) -> bool:
-    """Returns whether a backward needs something, of tensors that the functions here know."""
-    if type(x) not in PLAIN_TYPES or type(other) not in PLAIN_TYPES or not torch.is_grad_enabled():
+def _saves_memory(x: Any, weight: Tensor) -> bool:
+    """Returns whether the functions here apply, and there is a backward that they help."""
+    if type(x) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
         return False
-    return x.dtype == other.dtype and (x.requires_grad or other.requires_grad) and runs_eagerly()
+    has_backward = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return x.dtype == weight.dtype and has_backward and runs_eagerly()
 
 
 def fuse(model: nn.Module) -> int:
@@ -139,23 +140,24 @@ def fuse(model: nn.Module) -> int:
     Raises:
         SettingError: the model has none of the kinds that this knows.
     """
-    found: dict[nn.Module, type[nn.Module]] = {}
+    mixin_of: dict[nn.Module, type[nn.Module]] = {}
     for module in model.modules():
-        if isinstance(module, LIGHT) or is_adapted(module):
-            continue  # the adapter's copy of a module trained whole is a module of its own
+        # In the place of a module that is trained whole, the adapter's copy is replaced.
+        if isinstance(module, MIXINS) or is_adapted(module):
+            continue
         if mixin := next((mixin for mixin, fits in FITS.items() if fits(module)), None):
-            found[module] = mixin
+            mixin_of[module] = mixin
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is nn.Linear:
-        found[head] = LightHead
-    if not found and not any(isinstance(module, LIGHT) for module in model.modules()):
+        mixin_of[head] = LightHead
+    if not mixin_of and not any(isinstance(module, MIXINS) for module in model.modules()):
         raise SettingError(
             f"fuse found nothing in a {type(model).__name__} that it can replace; it knows Llama's "
             "RMSNorm and gated SiLU, and a linear head"
         )
-    for module, mixin in found.items():
+    for module, mixin in mixin_of.items():
         swap_class(module, combined(mixin, type(module)))
-    return len(found)
+    return len(mixin_of)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -165,10 +167,14 @@ def unfuse(model: nn.Module) -> None:
         StateError: an adapter was put on one of them since.
     """
     light: dict[str, nn.Module] = {
-        path: module for path, module in model.named_modules() if isinstance(module, LIGHT)
+        path: module for path, module in model.named_modules() if isinstance(module, MIXINS)
     }
-    if taken := [path for path, module in light.items() if type(module).__bases__[0] not in LIGHT]:
-        raise StateError(f"{taken[0]} was fused and then adapted; remove the adapter before unfuse")
+    if adapted := [
+        path for path, module in light.items() if type(module).__bases__[0] not in MIXINS
+    ]:
+        raise StateError(
+            f"{adapted[0]} was fused and then adapted; remove the adapter before unfuse"
+        )
     for module in light.values():
         swap_class(module, base_class(module))
 
@@ -182,8 +188,8 @@ def _can_be_probed(module: Any) -> bool:
 @torch.no_grad()
 def _is_norm(module: Any) -> bool:
     """Returns whether the module is named as Llama's norm and computes the same."""
-    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-    if not named or not _can_be_probed(module):
+    is_named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    if not is_named or not _can_be_probed(module):
         return False
     weight = module.weight
     probe = torch.linspace(-3, 2, 2 * len(weight), device=weight.device)
@@ -196,15 +202,17 @@ def _is_norm(module: Any) -> bool:
 def _is_gated(module: Any) -> bool:
     """Returns whether the module is named as Llama's MLP and computes the same."""
     children = dict(module.named_children())
-    named = {"gate_proj", "up_proj", "down_proj"} <= children.keys()
-    silu = type(children.get("act_fn")).__name__ in ("SiLU", "SiLUActivation")
-    if not (named and silu and len(children) == 4 and type(module).__name__.endswith("MLP")):
+    has_parts = {"gate_proj", "up_proj", "down_proj"} <= children.keys()
+    has_silu = type(children.get("act_fn")).__name__ in ("SiLU", "SiLUActivation")
+    if not (
+        has_parts and has_silu and len(children) == 4 and type(module).__name__.endswith("MLP")
+    ):
         return False
     if "_hf_hook" in vars(module) or not _can_be_probed(module.gate_proj):
         return False
     weight = module.gate_proj.weight
     probe = torch.linspace(-1, 1, module.gate_proj.in_features, device=weight.device)
-    # the second row is large enough to meet a limit on the activation, if there is one
+    # The second row is large enough to meet a limit on the activation, if there is one.
     probe = torch.stack([probe, 1000 * probe.flip(0)]).to(weight.dtype)
     with in_mode(module, training=False):
         expected = module.down_proj(module.act_fn(module.gate_proj(probe)) * module.up_proj(probe))

@@ -271,10 +271,11 @@ def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     for path, weight in weights.items():
         owner, _, leaf = path.rpartition(".")
-        old: Any = model.get_submodule(path)
-        new = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
-        new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
-        setattr(model.get_submodule(owner), leaf, new.train(old.training))
+        layer: Any = model.get_submodule(path)
+        sizes = layer.in_features, layer.out_features
+        plain = nn.Linear(*sizes, layer.bias is not None, device="meta")
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        setattr(model.get_submodule(owner), leaf, plain.train(layer.training))
     quantizer = getattr(model, "hf_quantizer", None)
     if not weights or quantizer is None:
         return
@@ -290,7 +291,8 @@ def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
     The caller may hold the same config and make other models by it, so the model gets a copy.
     """
     config = copy.deepcopy(quantizer.quantization_config)
-    lists = ("llm_int8_skip_modules", "modules_to_not_convert")  # of bitsandbytes, of torchao
+    # The lists of bitsandbytes and of torchao.
+    lists = ("llm_int8_skip_modules", "modules_to_not_convert")
     for name in (name for name in lists if hasattr(config, name)):
         skipped = [*(getattr(quantizer, "modules_to_not_convert", None) or ()), *paths]
         setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *skipped])))

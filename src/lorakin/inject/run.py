@@ -77,7 +77,7 @@ class AdapterRun(Part):
             raise SettingError(f"total_steps must be a whole number ≥ 1, not {total_steps!r}")
         method = self.placement.method.resolved(total_steps)
         if self.rules is not None and not self._stepped and method == self.resolved_method:
-            # begun twice before the first step, by Trainer and by `Adapter.attach`
+            # It was begun twice before the first step, by Trainer and by `Adapter.attach`.
             return
         self.end()
         self.resolved_method, self.rules = method, method.rules(self.adapted_modules())
@@ -114,20 +114,20 @@ class AdapterRun(Part):
     def _warn_of_unreached(self) -> None:
         """Warns of modules, and of slots in all other modules, that got no gradient at first."""
         reached: list[nn.Module] = []
-        missed: list[str] = []
+        unreached: list[str] = []
         for path in self.adapter.tensors.paths():
             child = attachments_at(self.model, path)[self.name]
             trained = [p for p in child.parameters() if p.requires_grad]
             if any(p.grad is not None for p in trained):
                 reached.append(child)
             elif trained:
-                missed.append(path)
-        if missed:
+                unreached.append(path)
+        if unreached:
             warnings.warn(
-                f"the first step of adapter {self.name!r} has no gradient for {len(missed)} of "
-                f"{len(missed) + len(reached)} modules ({some(missed)}): the forward of the model "
-                "did not use them on these data. What it never uses does not train; leave it out "
-                "of the targets",
+                f"the first step of adapter {self.name!r} has no gradient for {len(unreached)} of "
+                f"{len(unreached) + len(reached)} modules ({some(unreached)}): the forward of the "
+                "model did not use them on these data. What it never uses does not train; leave it "
+                "out of the targets",
                 LorakinWarning,
                 stacklevel=2,
             )

@@ -142,9 +142,9 @@ class AdapterTensors(Part):
             base = base_state(module_at(self.model, path))
             trained = base_state(self.copy_of(path))
             for key in trained.keys() & base.keys():
-                before, now = whole_shape(trained[key]), whole_shape(base[key])
-                if before != now:
-                    raise StateError(resized_message(f"{path}.{key}", before, now))
+                shape_before, shape_now = whole_shape(trained[key]), whole_shape(base[key])
+                if shape_before != shape_now:
+                    raise StateError(resized_message(f"{path}.{key}", shape_before, shape_now))
 
     def attachments(self) -> list[Attachments]:
         """Returns the attachments of these modules, as far as they are still in the model."""

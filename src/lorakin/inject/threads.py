@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from torch import nn
 
 from lorakin.errors import StateError
+from lorakin.inject.callers import first_argument
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class ThreadTurns:
 
 _turns: weakref.WeakKeyDictionary[nn.Module, ThreadTurns] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
-_mine = threading.local()
+_of_thread = threading.local()
 
 
 def _turns_of(model: nn.Module) -> ThreadTurns:
@@ -107,19 +108,20 @@ def one_at_a_time(change: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(change)
     def changed(*args: P.args, **kwargs: P.kwargs) -> T:
-        of: Any = args[0] if args else next(iter(kwargs.values()))
-        with changing(of if isinstance(of, nn.Module) else of.model):
+        model_or_part: Any = first_argument(args, kwargs)
+        is_model = isinstance(model_or_part, nn.Module)
+        with changing(model_or_part if is_model else model_or_part.model):
             return change(*args, **kwargs)
 
     return changed
 
 
 class Choice(NamedTuple):
-    """What was in force before a choice: the latest one, who made it, and this thread's own."""
+    """What was in force before a choice: the latest one, who made it, and this thread's last."""
 
     latest: int
     chooser: threading.Thread | None
-    mine: int | None
+    of_this_thread: int | None
 
 
 def record_choice(model: nn.Module) -> Choice:
@@ -129,24 +131,24 @@ def record_choice(model: nn.Module) -> Choice:
         what `undo_choice` takes to undo that.
     """
     turns = _turns_of(model)
-    if not hasattr(_mine, "choices"):
-        _mine.choices = weakref.WeakKeyDictionary()
-    before = Choice(turns.latest, turns.chooser, _mine.choices.get(model))
+    if not hasattr(_of_thread, "choices"):
+        _of_thread.choices = weakref.WeakKeyDictionary()
+    before = Choice(turns.latest, turns.chooser, _of_thread.choices.get(model))
     turns.choices += 1
     turns.latest, turns.chooser = turns.choices, threading.current_thread()
-    _mine.choices[model] = turns.latest
+    _of_thread.choices[model] = turns.latest
     return before
 
 
 def undo_choice(model: nn.Module, before: Choice) -> None:
     """Takes this thread's last choice back: `before` is in force again. Call it in `changing`."""
-    turns, mine = _turns_of(model), getattr(_mine, "choices", {})
-    if mine.get(model) == turns.latest:
+    turns, choices = _turns_of(model), getattr(_of_thread, "choices", {})
+    if choices.get(model) == turns.latest:
         turns.latest, turns.chooser = before.latest, before.chooser
-        if before.mine is None:
-            del mine[model]
+        if before.of_this_thread is None:
+            del choices[model]
         else:
-            mine[model] = before.mine
+            choices[model] = before.of_this_thread
 
 
 def begin_forward(model: nn.Module) -> None:
@@ -158,11 +160,11 @@ def begin_forward(model: nn.Module) -> None:
     """
     turns = _turns_of(model)
     with turns.lock:
-        mine: int | None = getattr(_mine, "choices", {}).get(model)
-        other = turns.chooser
-        if mine not in (None, turns.latest) and other is not None and other.is_alive():
+        choice: int | None = getattr(_of_thread, "choices", {}).get(model)
+        chooser = turns.chooser
+        if choice not in (None, turns.latest) and chooser is not None and chooser.is_alive():
             raise StateError(
-                f"thread {other.name!r} has chosen adapters since this one did. {ADVICE}"
+                f"thread {chooser.name!r} has chosen adapters since this one did. {ADVICE}"
             )
         turns.inside[threading.get_ident()] = threading.current_thread()
         turns.spoilt.discard(threading.get_ident())

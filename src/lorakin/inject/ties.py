@@ -138,7 +138,7 @@ def groups(model: nn.Module) -> list[dict[str, ParameterAt]]:
     >>> [list(group) for group in groups(model)]
     [['embed.weight', 'head.weight']]
     """
-    found: dict[int, dict[str, ParameterAt]] = {}
+    by_id: dict[int, dict[str, ParameterAt]] = {}
     skip = adapter_prefixes(model)
     for path, module in model.named_modules():
         if path.startswith(skip):
@@ -146,8 +146,8 @@ def groups(model: nn.Module) -> list[dict[str, ParameterAt]]:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{path}.{leaf}" if path else leaf
-                found.setdefault(id(parameter), {})[name] = (module, leaf)
-    return [group for group in found.values() if len(group) > 1]
+                by_id.setdefault(id(parameter), {})[name] = (module, leaf)
+    return [group for group in by_id.values() if len(group) > 1]
 
 
 def _parameter_at(place: ParameterAt) -> Any:
@@ -174,24 +174,28 @@ def _tying_configs(model: nn.Module) -> list[TyingConfig]:
     configs: dict[int, Any] = {}
     claimed: set[str] = set()
     first = {id(module): path for path, module in reversed(list(model.named_modules()))}
-    known = {path: first[id(m)] for path, m in model.named_modules(remove_duplicate=False)}
-    for path, part in reversed(list(model.named_modules())):  # innermost first
+    first_path = {path: first[id(m)] for path, m in model.named_modules(remove_duplicate=False)}
+    # The innermost parts come first.
+    for path, part in reversed(list(model.named_modules())):
         ties = vars(part).get("all_tied_weights_keys") or {}
-        pairs = [{_named(path, name, known) for name in pair} for pair in ties.items()]
-        own = [pair for pair in pairs if not pair <= claimed]
-        if own and (config := getattr(part, "config", None)) is not None:
-            claimed.update(*own)
+        pairs = [{_name_in_model(path, name, first_path) for name in pair} for pair in ties.items()]
+        new_pairs = [pair for pair in pairs if not pair <= claimed]
+        if new_pairs and (config := getattr(part, "config", None)) is not None:
+            claimed.update(*new_pairs)
             configs[id(config)] = config
-            names.setdefault(id(config), set()).update(*own)
+            names.setdefault(id(config), set()).update(*new_pairs)
     return [
         TyingConfig(_with_text(config), frozenset(names[key])) for key, config in configs.items()
     ]
 
 
-def _named(path: str, name: str, known: dict[str, str]) -> str:
-    """Returns the name in the whole model of a parameter of its part at `path`."""
+def _name_in_model(path: str, name: str, first_path: dict[str, str]) -> str:
+    """Returns the name in the whole model of a parameter of its part at `path`.
+
+    `first_path`: each path of a module → the first path at which the model has that module.
+    """
     owner, _, leaf = (f"{path}.{name}" if path else name).rpartition(".")
-    owner = known.get(owner, owner)
+    owner = first_path.get(owner, owner)
     return f"{owner}.{leaf}" if owner else leaf
 
 
@@ -204,13 +208,14 @@ def _with_text(config: Any) -> tuple[Any, ...]:
 def _can_untie(model: nn.Module, tying: TyingConfig) -> bool:
     """Returns whether the config can say "untied", and no forward depends on the flag."""
     config = copy.deepcopy(tying.configs[0])
-    for one in _with_text(config):
-        setattr(one, FLAG, False)
+    for part in _with_text(config):
+        setattr(part, FLAG, False)
     as_dict = config.to_dict()
     try:
         if type(config).from_dict(copy.deepcopy(as_dict)).to_dict() != as_dict:
             return False
-    except Exception:  # a stranger's config, which its own dictionary may not make again
+    # A config of other code may not be what its own dictionary makes.
+    except Exception:
         return False
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     return not any(_reads_flag(vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind))

@@ -23,7 +23,7 @@ def find_whole_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     ['score']
     """
     modules = {path: m for path, m in named_modules(model).items() if path}
-    found: dict[str, None] = {}
+    selected: dict[str, None] = {}
     for name in names:
         paths = [p for p in modules if p == name or p.endswith("." + name)]
         if not paths:
@@ -31,19 +31,19 @@ def find_whole_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
         if not any(True for p in paths for _ in modules[p].parameters()):
             raise TargetError(f"modules_to_save: {name!r} has no parameters to train")
         for path in paths:
-            if reason := _not_whole(modules[path]):
+            if reason := _refusal(modules[path]):
                 raise TargetError(
                     f"modules_to_save: {path} cannot be trained whole: it is {reason}"
                 )
-        found |= dict.fromkeys(paths)
+        selected |= dict.fromkeys(paths)
     return [
         path
         for path in modules
-        if path in found and not is_inside(path, [other for other in found if other != path])
+        if path in selected and not is_inside(path, [p for p in selected if p != path])
     ]
 
 
-def _not_whole(module: nn.Module) -> str | None:
+def _refusal(module: nn.Module) -> str | None:
     """Returns why a module cannot be trained whole; None if it can."""
     if layer_kinds.is_container(module):
         return f"a {type(module).__name__}, which is never called itself; name the modules in it"

@@ -63,9 +63,7 @@ def test_rows_come_back_and_later_ones_are_dropped(tmp_path: Path) -> None:
 )
 def test_what_is_no_row_is_named(row: Any, named: str, tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", [ROWS[0], row])
-    with pytest.raises(
-        lk.DataError, match=rf"metrics\.jsonl, line 2 is no row of metrics: .*{named}"
-    ):
+    with pytest.raises(lk.DataError, match=rf"metrics\.jsonl, line 2 .*{named}"):
         Metrics(path, writes=False).rows()
 
 

@@ -1,6 +1,6 @@
 """Buffers that a training forward changes, such as BatchNorm's statistics.
 
-Training changes them, though they are no parameters. So each adapter has its values of them while
+Training changes them, though they are not parameters. So each adapter has its values of them while
 it is in use, as it has a copy of a module that it trains whole. The base's values are kept, and
 come back whenever the adapter is off. Files hold the buffers that moved.
 """

@@ -66,8 +66,8 @@ class ConvolutionLayer(LayerKind):
 class PeftGroupedConvolution(ConvolutionLayer):
     """A grouped convolution that also gets a convolution of all its inputs, as PEFT trains it.
 
-    That is no change of the weight, so it cannot be merged, and code that reads the weight misses
-    it.
+    That is not a change of the weight, so it cannot be merged, and code that reads the weight
+    misses it.
     """
 
     @staticmethod

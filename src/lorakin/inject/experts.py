@@ -218,7 +218,7 @@ def find_matrix(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | N
 
 
 def base_stack(module: nn.Module, name: str) -> Tensor | None:
-    """Returns a parameter with the base's values; None if it is no stack with adapted matrices."""
+    """Returns a parameter with the base's values; None if no matrix of it is adapted."""
     stack = module._modules.get(PREFIX + name)
     return stack.base_parameter() if isinstance(stack, ExpertStack) else None
 

@@ -213,7 +213,7 @@ def _replacements(
     if any(branch.kind is PeftGroupedConvolution for branch in branches):
         raise StateError(
             f"{path} is a convolution in groups, and its adapter, which PEFT trained, reads "
-            "the inputs of all groups: that is no change of the weight, so it cannot be merged"
+            "the inputs of all groups: that is not a change of the weight, so it cannot be merged"
         )
     weight, kind = base["weight"], branches[0].kind
     matrix = kind.matrix(weight.detach())

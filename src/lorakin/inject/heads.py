@@ -33,7 +33,7 @@ def new_heads(model: nn.Module, adapted: Iterable[str]) -> list[str]:
     """Returns the paths of a task's heads that look untrained, and that no adapter trains.
 
     A new linear layer has a bias of zeros; without a bias nobody can tell. The output embedding of
-    a language model is no such head: it comes with the model.
+    a language model is not such a head: it comes with the model.
 
     Args:
         model: the base.

@@ -250,12 +250,12 @@ def refusal(module: nn.Module) -> str | None:
     """Returns why `module` cannot be adapted; None if it can.
 
     >>> refusal(nn.ReLU())
-    'a ReLU, which is no linear, embedding or convolution layer'
+    'a ReLU, which is not a linear, embedding or convolution layer'
     """
     kind = kind_of(module)
     name = f"a {type(module).__name__}"
     if kind is None:
-        return f"{name}, which is no linear, embedding or convolution layer"
+        return f"{name}, which is not a linear, embedding or convolution layer"
     if kind in (QuantisedLayer, ExpertLayer):
         return kind.refusal(module)
 
@@ -270,7 +270,7 @@ def refusal(module: nn.Module) -> str | None:
         or weight.element_size() < 2
     ):
         dtype = getattr(weight, "dtype", type(weight).__name__)
-        return f"{name} whose weight is quantised ({dtype}), and no linear layer"
+        return f"{name} whose weight is quantised ({dtype}), and which is not linear"
     if weight.is_meta and "_hf_hook" in vars(module):
         return (
             "offloaded by Accelerate: its weight comes and goes, and an adapter would stay behind"

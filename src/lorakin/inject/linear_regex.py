@@ -35,7 +35,7 @@ class PatternError(TargetError):
 
 
 class NoPatternError(PatternError):
-    """A text that is no regular expression."""
+    """A text that is not a regular expression."""
 
 
 class Pattern:
@@ -45,7 +45,7 @@ class Pattern:
         """Parses it.
 
         Raises:
-            PatternError: it is no regular expression, or one that is not accepted.
+            PatternError: it is not a regular expression, or one that is not accepted.
         """
         if len(text) > LONGEST:
             raise PatternError(

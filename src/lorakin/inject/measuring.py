@@ -168,7 +168,7 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def check_linear(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raises `SettingError` if one of these modules is no linear layer."""
+    """Raises `SettingError` if one of these modules is not a linear layer."""
     if others := [path for path in paths if kind_of(module_at(model, path)) not in LINEAR]:
         raise SettingError(
             f"{others[0]} is not a linear layer, and only inputs and gradients of linear layers "

@@ -104,7 +104,7 @@ def root_of(model: nn.Module) -> nn.Module:
     """Returns `model` itself, or the module that `torch.compile` wrapped.
 
     Raises:
-        SettingError: it is no model.
+        SettingError: it is not a model.
         StateError: PEFT has put adapters of its own into the model.
     """
     inner = getattr(model, "_orig_mod", model)

@@ -78,7 +78,7 @@ def resolve_parameters(model: nn.Module, pattern: str, selected: Iterable[str]) 
     """
     by_path, resolved = parameters_by_path(model), []
     for selected_path in selected:
-        # A selected path that is no parameter's is that of one matrix of a stack.
+        # A selected path that is not a parameter's is that of one matrix of a stack.
         is_parameter = selected_path in by_path
         path = selected_path if is_parameter else selected_path.rpartition(".")[0]
         owner, _, name = path.rpartition(".")

@@ -23,7 +23,7 @@ def matches(pattern: str, path: str) -> bool:
     r"""Returns whether the pattern matches the whole path, as `re.fullmatch` does.
 
     Raises:
-        PatternError: it is no regular expression, or one that is not accepted.
+        PatternError: it is not a regular expression, or one that is not accepted.
 
     >>> matches(r".*\.(q|v)_proj", "layers.0.v_proj"), matches("(a|a)*b", "a" * 1000)
     (True, False)
@@ -51,7 +51,7 @@ def check_all(option: str, keys: Iterable[str]) -> None:
     wide = [key for key in keys if not PLAIN_PATH.fullmatch(key)]
     if len(wide) > MOST_PATTERNS:
         raise PatternError(
-            f"{option} has {len(wide):,} patterns that are no modules' paths; at most "
+            f"{option} has {len(wide):,} patterns that are not modules' paths; at most "
             f"{MOST_PATTERNS:,} are accepted"
         )
     for key in wide:
@@ -83,7 +83,7 @@ class PatternValues(Generic[N]):
         """Returns the value for a path.
 
         Raises:
-            PatternError: a key is no regular expression, or one that is not accepted.
+            PatternError: a key is not a regular expression, or one that is not accepted.
         """
         by_path = [self.ends[end] for end in ends_of(path) if end in self.ends]
         by_path += [self.whole[path]] if path in self.whole else []
@@ -120,7 +120,7 @@ class PathIndex:
         """Returns whether the key selects one of the paths.
 
         Raises:
-            PatternError: it is no regular expression, or one that is not accepted.
+            PatternError: it is not a regular expression, or one that is not accepted.
         """
         if plain := PLAIN_PATH.fullmatch(key):
             return plain[1].replace("\\", "") in (self.paths if key.startswith("^") else self.ends)

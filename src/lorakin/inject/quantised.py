@@ -303,7 +303,7 @@ def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
 
 
 def not_to_shard(model: nn.Module) -> list[nn.Module]:
-    """Returns the quantised layers that FSDP2 cannot shard: their tensors are no floats."""
+    """Returns the quantised layers that FSDP2 cannot shard: their tensors are not floats."""
     not_sharded = []
     for module in filter(is_quantised, model.modules()):
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))

@@ -94,7 +94,7 @@ def status(model: nn.Module) -> Status:
       default: lora; active, trains; cpu
 
     Raises:
-        SettingError: `model` is no model.
+        SettingError: `model` is not a model.
         StateError: PEFT has put adapters of its own into it.
     """
     root = root_of(model)

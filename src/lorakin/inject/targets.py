@@ -109,7 +109,7 @@ def check_patterns(option: str, pattern_values: dict[str, float], paths: Iterabl
     """Checks the keys of `rank_pattern` or `alpha_pattern`, the setting that `option` names.
 
     Raises:
-        TargetError: a key is no regular expression, or selects none of `paths`.
+        TargetError: a key is not a regular expression, or selects none of `paths`.
     """
     index = PathIndex(paths)
     try:

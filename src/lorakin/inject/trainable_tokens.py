@@ -56,7 +56,7 @@ def find_tokens(
         whole_modules: paths of modules that are trained whole; no rows can be trained in them.
 
     Raises:
-        SettingError: something is no id of a row that the module has.
+        SettingError: something is not the id of a row that the module has.
         TargetError: there is no such module, or no rows of it can be trained.
 
     >>> model = nn.Sequential(nn.Embedding(8, 2))

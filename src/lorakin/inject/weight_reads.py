@@ -44,8 +44,8 @@ def changed_weight(module: Any, attached: Attachments) -> Tensor:
     for branch in branches:
         if branch.kind is PeftGroupedConvolution:
             raise StateError(
-                f"{branch.path} is read without being called, and its adapter is no change of its "
-                "weight"
+                f"{branch.path} is read without being called, and its adapter is not a change of "
+                "its weight"
             )
         if branch.training and branch.method.dropout and not branch.shape.lookup:
             warnings.warn(
@@ -90,7 +90,7 @@ def _as_change(
 
 
 def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
-    """Computes the changed weight of a convolution, which is no matrix."""
+    """Computes the changed weight of a convolution, which is not a matrix."""
     weight: Tensor = module._parameters["weight"]
     total = weight
     with as_base_forward(attached), torch.autocast(weight.device.type, enabled=False):

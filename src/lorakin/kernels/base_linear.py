@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes W0 x + b of x (…, inputs) as a tensor that is no view: (…, outputs).
+    """Computes W0 x + b of x (…, inputs) as a tensor that is not a view: (…, outputs).
 
     `F.linear` with a bias returns a view of a matrix where x has more than two dimensions.
     Autograd forbids writing in place into a view that a function returned, as

@@ -42,7 +42,7 @@ def parameter_groups(adapter: InsertedAdapter, lr: float, **options: Any) -> lis
 
     Raises:
         SettingError: the adapter has nothing to train (it was loaded with trainable=False), or `lr`
-            is no rate.
+            is not a rate.
 
     >>> import lorakin as lk
     >>> model = nn.Sequential(nn.Linear(2, 2))

@@ -204,7 +204,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def number_of(folder: Path) -> int | None:
-    """Returns the step in a checkpoint's name, None if it is no such name.
+    """Returns the step in a checkpoint's name, None if it is not such a name.
 
     >>> number_of(Path("out/checkpoint-20"))
     20

@@ -131,7 +131,7 @@ def listed(value: Any, what: str) -> list[Any]:
     [1, 2]
 
     Raises:
-        DataError: it is no list; `what` is what the error calls it.
+        DataError: it is not a list; `what` is what the error calls it.
     """
     value = unpacked(value)
     if not isinstance(value, list):

@@ -222,7 +222,7 @@ class _Walk:
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError:
-            raise self.wrong(f"{what} is no UTF-8") from None
+            raise self.wrong(f"{what} is not valid UTF-8") from None
 
     def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]

@@ -128,7 +128,7 @@ def fit(
 
     Args:
         model: the classifier.
-        stored: the classes that the base's files name, or None if they are no classifier's.
+        stored: the classes that the base's files name, or None if they are not a classifier's.
         wanted: the classes of the data.
         mismatched: parameters of the head that are new already, for their stored shape differs.
 

@@ -107,7 +107,7 @@ def as_model_error(what: str) -> Iterator[None]:
             yield
     except (LorakinError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
         raise ModelError(f"{what}: {first_line(error)}") from error
 
 

@@ -79,7 +79,7 @@ def check_config(folder: Path) -> dict[str, Any]:
     for entry in sorted(folder.iterdir()):
         if entry.exists() and not entry.is_file() and not entry.is_dir():
             raise ModelError(
-                f"{entry} is neither a file nor a directory, so {folder} is no model's"
+                f"{entry} is neither a file nor a directory, so {folder} is not a model's"
             )
     parsed = {name: read_object(folder / name) for name in PARSED if (folder / name).is_file()}
     if CONFIG not in parsed:
@@ -252,11 +252,11 @@ def _pickled(file: Path) -> Iterable[str]:
         isinstance(t, Tensor) and isinstance(key, str) for key, t in content.items()
     ):
         raise ModelError(
-            f"{file} holds something else than tensors by name, so it is no model's state_dict"
+            f"{file} holds something else than tensors by name, so it is not a model's state_dict"
         )
     if strange := [key for key, t in content.items() if not is_plain(t)]:
         raise ModelError(
-            f"{file}: tensor {short_repr(strange[0])} is no plain dense tensor "
+            f"{file}: tensor {short_repr(strange[0])} is not a plain dense tensor "
             f"({content[strange[0]].layout})"
         )
     storages = {

@@ -28,7 +28,7 @@ KINDS: dict[str, Any] = {
     "rows": str | int,
     "eval_count": Annotated[float, Check("a count", lambda count: 0 <= count < 1e15)],
 }
-"""Names in a row whose values are no plain numbers."""
+"""Names in a row whose values are not plain numbers."""
 
 
 def memory_bytes() -> int:
@@ -106,7 +106,7 @@ class Metrics:
                 raise SchemaError("step is missing")
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{self.path}, line {number} is no row of metrics: {error}; remove that line"
+                f"{self.path}, line {number} is not a row of metrics: {error}; remove that line"
             ) from None
         return row
 

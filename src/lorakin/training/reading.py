@@ -58,7 +58,7 @@ class Record:
             return names[value]
         if not isinstance(value, str | int | float) or value != value or not _is_class(value):
             raise DataError(
-                f"{self.where}: label {repr(value)[:80]} is no class; expected text or whole "
+                f"{self.where}: label {repr(value)[:80]} is not a class; expected text or whole "
                 "numbers"
             )
         return label_text(value)
@@ -101,7 +101,7 @@ class DataRows:
         """Returns the classes, in order.
 
         Raises:
-            DataError: a label is no class, labels are of two kinds, or there is only one class.
+            DataError: a label is not a class, labels are of two kinds, or there is only one class.
         """
         by_source = {record.source.name: record.source.label_names for record in self.records}
         if named := [names for names in by_source.values() if names is not None]:

@@ -127,7 +127,7 @@ class Template:
         """Returns the template, with the day written out where it asks for it.
 
         Raises:
-            ModelError: it is no text.
+            ModelError: it is not text.
         """
         return TODAY.sub(
             lambda call: json.dumps(self.day.strftime(call["form"]), ensure_ascii=False),

@@ -293,7 +293,7 @@ def prepare_trainer(trainer: Any) -> Any:
         trainer: of transformers' Trainer or any subclass, such as TRL's; its model has adapters.
 
     Raises:
-        SettingError: it is no trainer.
+        SettingError: it is not a trainer.
         StateError: its model has no adapters.
     """
     if not isinstance(trainer, transformers.Trainer):

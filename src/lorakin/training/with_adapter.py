@@ -110,7 +110,7 @@ def recipe_labels(files: directory.AdapterFiles) -> list[str] | None:
 
 
 def labels_of(files: directory.AdapterFiles) -> list[str] | None:
-    """Returns the classes of a classifier's adapter; None if it is no classifier's.
+    """Returns the classes of a classifier's adapter; None if it is not a classifier's.
 
     They come from the recipe beside it; else there is one for each row of its trained head.
 

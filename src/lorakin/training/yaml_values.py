@@ -102,5 +102,5 @@ def parse_settings(texts: Sequence[str], option: str = "--set") -> dict[str, Any
         try:
             settings[name] = as_number(yaml.load(value, _Plain))
         except UNREADABLE:
-            raise SettingError(f"{option} {text!r}: {value!r} is no value") from None
+            raise SettingError(f"{option} {text!r}: {value!r} is not a value") from None
     return settings

@@ -12,7 +12,7 @@
 PiSSA and OLoRA are read as the members of that name, which compute B₀ and A₀ from the base weight.
 
 VeLoRA (how gradients are kept) and MonteCLoRA (noise on A) act only while training; their own
-tensors are no part of the finished adapter. A `…_config` whose start is not chosen is ignored, as
+tensors are not part of the finished adapter. A `…_config` whose start is not chosen is ignored, as
 in PEFT.
 """
 

@@ -293,7 +293,7 @@ def test_labels(write_rows: Write, tokenizer: Any) -> None:
     with pytest.raises(lk.DataError, match="yes"):
         encode_labelled(rows, tokenizer, 100, ["a", "b"])
     for labels, message in (
-        ([0.5, 1.0], "label 0.5 is no class"),
+        ([0.5, 1.0], "label 0.5"),
         ([1, 1], "all 2 rows have the same label '1'"),
         ([None, 1], "row 1: label is null, so the row has no class"),
     ):

@@ -237,7 +237,7 @@ def test_settings_on_the_command_line(
     for words, setting, message in (
         ("lora", "ratio=8", r"has no setting 'ratio'; it has"),
         ("lora+", "ratio", "--set takes NAME=VALUE, such as ratio=8, not 'ratio'"),
-        ("lora+", "ratio=[", "is no value"),
+        ("lora+", "ratio=[", "is not a value"),
         ("lora+", "ratio=fast", "ratio must be a number ≥ 1, not 'fast'"),
         ("lora,vera", "ratio=1", "has no setting 'ratio'"),
         (

@@ -66,7 +66,9 @@ def mask(x: Tensor, p: float) -> NDArray[Any]:
     return (
         np.ones(x.shape)
         if not p
-        else array((drawn := DropoutDraw.drawn(p)).zeroed(rows) * drawn.scale).reshape(x.shape)
+        else array((drawn := DropoutDraw.drawn(p, x.device)).zeroed(rows) * drawn.scale).reshape(
+            x.shape
+        )
     )
 
 

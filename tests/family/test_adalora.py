@@ -158,9 +158,10 @@ def test_the_scores_are_the_papers(betas: tuple[float, float]) -> None:
                 expected.update(f"{path}.{slot}", array(w), array(w.grad))
         optimizer.step()
         optimizer.zero_grad()
-        for path, matrix in zip(adapter.placement.methods, rule.matrices, strict=True):
+        got = rule.scores().split([matrix.rank for matrix in rule.matrices])
+        for path, scores_here in zip(adapter.placement.methods, got, strict=True):
             scores = [expected.score(f"{path}.{slot}") for slot in ("P", "E", "Q")]
-            close(rule._scores(matrix), reference.triplet_scores(*scores), 1e-10)
+            close(scores_here, reference.triplet_scores(*scores), 1e-10)
 
 
 def test_the_start() -> None:
@@ -309,8 +310,8 @@ def test_a_module_whose_ranks_come_back_trains_again(tmp_path: Path) -> None:
     assert isinstance(rule, Allocation)
     fit(model, optimizer, x, target, 2)
     directory.save(adapter, tmp_path / "early")
-    rule._scores = lambda matrix: torch.full(  # type: ignore[method-assign]
-        (matrix.rank,), float(matrix.module.path == "0")
+    rule.scores = lambda: torch.cat(  # type: ignore[method-assign]
+        [torch.full((m.rank,), float(m.module.path == "0")) for m in rule.matrices]
     )
     fit(model, optimizer, x, target, 10)
     directory.save(adapter, tmp_path / "late")

@@ -17,7 +17,7 @@ import lorakin as lk
 from conftest import randomise, tiny_llama
 from family.problem import saved_bytes
 from lorakin.inject.attachments import base_parameters
-from lorakin.kernels.dropout import DropoutDraw
+from lorakin.kernels.dropout import DropoutByGaps, DropoutByMask, DropoutDraw
 
 METHODS: dict[str, Any] = {
     "lora": lk.LoRA(rank=3),
@@ -278,12 +278,12 @@ def test_checkpointing_gives_the_same_gradients(member: Any, use_reentrant: bool
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("kind", [DropoutByGaps, DropoutByMask])
 @pytest.mark.parametrize("p", [1e-4, 0.05, 0.5, 0.95])
-def test_dropout_is_a_bernoulli_process(p: float) -> None:
+def test_dropout_is_a_bernoulli_process(p: float, kind: type[DropoutDraw]) -> None:
     count, runs = 20_000, 50
     ones = torch.ones(count)
-    torch.manual_seed(1)
-    kept = torch.stack([DropoutDraw.drawn(p).zeroed(ones) for _ in range(runs)])
+    kept = torch.stack([kind(p, seed).zeroed(ones) for seed in range(runs)])
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
     dropped = 1 - kept
     deviation = (p * (1 - p) / (count * runs)) ** 0.5
@@ -298,12 +298,24 @@ def test_dropout_is_a_bernoulli_process(p: float) -> None:
 
 def test_each_module_draws_its_own_mask_and_a_seed_draws_it_again() -> None:
     torch.manual_seed(3)
-    first, second = DropoutDraw.drawn(0.5), DropoutDraw.drawn(0.5)
+    first, second = (DropoutDraw.drawn(0.5, torch.device("cpu")) for _ in range(2))
     x = torch.randn(40, 10)
     assert not torch.equal(first.zeroed(x), second.zeroed(x))
     assert torch.equal(first.zeroed(x), first.zeroed(x))
     torch.manual_seed(3)
-    assert DropoutDraw.drawn(0.5) == first
+    assert DropoutDraw.drawn(0.5, torch.device("cpu")).seed == first.seed
+
+
+@pytest.mark.parametrize("kind", [DropoutByGaps, DropoutByMask])
+def test_the_inputs_gradient_passes_where_the_input_was_kept(kind: type[DropoutDraw]) -> None:
+    torch.manual_seed(3)
+    drop = kind(0.3, seed=5)
+    delta, weight, up, down = (torch.randn(s).double() for s in ((7, 6), (6, 9), (6, 2), (2, 9)))
+    kept = drop.zeroed(torch.ones(7, 9, dtype=torch.float64))
+    want = delta @ weight + 0.5 * (delta @ up @ down) * kept
+    for entries in (None, drop.entries(want)):
+        got = drop.input_gradient(delta, weight, delta @ up, down, 0.5, entries)
+        torch.testing.assert_close(got, want)
 
 
 def test_function_transforms_and_compilers_get_plain_operations() -> None:

@@ -236,7 +236,9 @@ def test_a_module_without_ranks_troubles_no_optimizer(cls: Any) -> None:
         group["params"] = list(group["params"])
     (rule,) = adapter.run.rules or ()
     fit(model, optimizer, x, target, 7)
-    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.module.path == "0"))  # type: ignore[method-assign]
+    rule.scores = lambda: torch.cat(  # type: ignore[method-assign]
+        [torch.full((m.rank,), float(m.module.path == "0")) for m in rule.matrices]
+    )
     fit(model, optimizer, x, target, 5)
     assert [len(adapter.tensors.branch(path).E) for path in adapter.placement.methods] == [2, 0]
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakin.family.batches import means_over_ranks, orthogonality_gradients
 from lorakin.family.precision import wide_dtype
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.sharding import several_processes
@@ -96,13 +97,18 @@ class Allocation(Rule):
         self.uncertainty: dict[str, Tensor] = {}
         """U by "path.slot"."""
         self.kept: list[Tensor] | None = None
-        """For each matrix, which triplets are kept (rank,); None before the first pruning."""
+        """For each matrix, 1 for the triplets that are kept and 0 for others, (rank,).
+
+        None before the first pruning.
+        """
         self.total_ranks = sum(matrix.rank for matrix in self.matrices)
         self.final_ranks = min(self.total_ranks, len(self.matrices) * schedule.target_rank)
         """b0, the triplets at first, and b_T, those that stay."""
         self.freed = False
-        self.scores_were_equal = False
-        """Whether the last scores were all equal, so that they decided nothing."""
+        self.last_scores: Tensor | None = None
+        """The scores of the last pruning; all equal, they decided nothing."""
+        self._keeps_any: list[bool] = []
+        """For each matrix, whether any of its triplets is kept, once they are fixed."""
 
     def budget(self, n: int) -> int:
         """Returns b(n), how many triplets may keep their λ after step n."""
@@ -121,37 +127,28 @@ class Allocation(Rule):
 
         With `kept`, I has ones for the kept triplets only; all else of the others is zero.
         """
-        kept = kept or [torch.ones(matrix.rank, dtype=torch.bool) for matrix in self.matrices]
-        factors = [
-            (factor, kept_here)
-            for matrix, kept_here in zip(self.matrices, kept, strict=True)
-            if kept_here.any()
-            for slot, factor in matrix.factors().items()
-            if slot != matrix.switch
-        ]
-        reached = [(factor, kept_here) for factor, kept_here in factors if factor.grad is not None]
+        parameters: dict[str, nn.Parameter] = {}
+        kept_of: dict[str, Tensor] = {}
+        for n, matrix in enumerate(self.matrices):
+            if kept is not None and not self._keeps_any[n]:
+                continue
+            for slot, factor in matrix.factors().items():
+                if slot != matrix.switch:
+                    key = f"{matrix.module.path}.{slot}"
+                    parameters[key] = factor
+                    if kept is not None:
+                        kept_of[key] = kept[n]
+        reached = {key: p for key, p in parameters.items() if p.grad is not None}
         if not reached:
             return
 
-        # The Gram matrix over the ranks, which are the smaller dimension.
-        wide = [factor.to(wide_dtype(factor.dtype)) for factor, _ in reached]
-        excess = [f.T @ f if _is_tall(f) else f @ f.T for f in wide]
-        for gram, (_, kept_here) in zip(excess, reached, strict=True):
-            gram.diagonal().sub_(kept_here.to(gram))
-        sizes = [
-            size.clamp(min=torch.finfo(size.dtype).tiny) for size in torch._foreach_norm(excess)
-        ]
-        torch._foreach_mul_(excess, 2 * self.schedule.orthogonality / len(factors))
-
-        for (parameter, _), factor, gram, size in zip(reached, wide, excess, sizes, strict=True):
-            gram.div_(size)
-            left, right = (factor, gram) if _is_tall(factor) else (gram, factor)
-            grad = parameter.grad
-            assert grad is not None
-            if grad.dtype == factor.dtype:
-                grad.addmm_(left, right)
-            else:
-                grad.add_(left @ right)
+        wide = [(key, p.to(wide_dtype(p.dtype))) for key, p in reached.items()]
+        gradients = orthogonality_gradients(wide, None if kept is None else kept_of)
+        torch._foreach_add_(
+            [p.grad for p in reached.values() if p.grad is not None],
+            [gradients[key] for key in reached],
+            alpha=2 * self.schedule.orthogonality / len(parameters),
+        )
 
     def update_scores(self) -> None:
         """Takes |w · ∂w| of every tensor of the budget into Ī and U."""
@@ -182,17 +179,36 @@ class Allocation(Rule):
         torch._foreach_abs_(deviations)
         torch._foreach_lerp_(uncertainty, deviations, 1 - self.schedule.beta2)
 
-    def _scores(self, matrix: Matrix) -> Tensor:
-        """Returns S of every triplet of one matrix, (rank,)."""
-        total = torch.zeros(matrix.rank)
-        for slot in matrix.factors():
-            if (key := f"{matrix.module.path}.{slot}") in self.sensitivity:
-                score = self.sensitivity[key] * self.uncertainty[key]
-                if slot == matrix.switch:
-                    total = total + score.flatten().cpu()
-                else:
-                    total = total + score.mean(1 - matrix.factor_axes[slot]).cpu()
-        return total
+    def scores(self) -> Tensor:
+        """Returns S of all triplets, matrix after matrix, (triplets,)."""
+        known = {
+            f"{matrix.module.path}.{slot}": (n, slot)
+            for n, matrix in enumerate(self.matrices)
+            for slot in matrix.factors()
+        }
+        known = {key: place for key, place in known.items() if key in self.sensitivity}
+        if not known:
+            return torch.zeros(sum(matrix.rank for matrix in self.matrices))
+        products = torch._foreach_mul(
+            [self.sensitivity[key] for key in known], [self.uncertainty[key] for key in known]
+        )
+        of_entries = dict(zip(known, products, strict=True))
+        is_factor = {key: slot != self.matrices[n].switch for key, (n, slot) in known.items()}
+        of_ranks = means_over_ranks(item for item in of_entries.items() if is_factor[item[0]])
+        of_ranks |= {key: t.flatten() for key, t in of_entries.items() if not is_factor[key]}
+
+        # One row for each slot, so that one kernel adds them; all on one device, without a wait.
+        device = products[0].device
+        at_place = {place: of_ranks[key] for key, place in known.items()}
+        slots = dict.fromkeys(slot for _, slot in at_place)
+        rows = [
+            torch.zeros(matrix.rank, device=device)
+            if (n, slot) not in at_place
+            else at_place[n, slot].to(device, non_blocking=True)
+            for slot in slots
+            for n, matrix in enumerate(self.matrices)
+        ]
+        return torch.cat(rows).view(len(slots), -1).sum(0)
 
     @torch.no_grad()
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
@@ -208,21 +224,31 @@ class Allocation(Rule):
             self._free(optimizer)
 
     def _best(self, count: int) -> list[Tensor]:
-        """Returns for each matrix which of its triplets are among the `count` best of all."""
-        scores = torch.cat([self._scores(matrix) for matrix in self.matrices])
-        self.scores_were_equal = bool((scores == scores[0]).all())
+        """Returns for each matrix which of its triplets are among the `count` best of all.
+
+        1 for a triplet that is kept and 0 for others, (rank,). Everything stays on the device.
+        """
+        self.last_scores = scores = self.scores()
         best = torch.sort(scores, descending=True, stable=True).indices[:count]
-        kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
+        kept = torch.zeros_like(scores).index_fill_(0, best, 1)
         return list(torch.split(kept, [matrix.rank for matrix in self.matrices]))
 
     def _switch_off(self, kept: list[Tensor], for_good: bool) -> None:
         """Zeroes the λ of the pruned triplets; `for_good` also their part of P and Q."""
-        for matrix, kept_here in zip(self.matrices, kept, strict=True):
-            tensors = matrix.module.tensors()
-            for slot, axis in (matrix.axes if for_good else {matrix.switch: 0}).items():
-                tensor = tensors[slot]
-                along = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
-                tensor.mul_(kept_here.to(tensor).view(along))
+        switches: list[Tensor] = [m.module.tensors()[m.switch] for m in self.matrices]
+        on_device = [
+            kept_here.to(switch.device, switch.dtype, non_blocking=True)
+            for switch, kept_here in zip(switches, kept, strict=True)
+        ]
+        masks = [m.view_as(switch) for m, switch in zip(on_device, switches, strict=True)]
+        torch._foreach_mul_(switches, masks)
+        if for_good:
+            for matrix, mask in zip(self.matrices, on_device, strict=True):
+                tensors = matrix.module.tensors()
+                for slot, axis in matrix.factor_axes.items():
+                    along = [-1 if dim == axis else 1 for dim in range(tensors[slot].ndim)]
+                    tensors[slot].mul_(mask.to(tensors[slot]).view(along))
+            self._keeps_any = [bool(kept_here.any()) for kept_here in kept]
         self.kept = kept
 
     def _free(self, optimizer: torch.optim.Optimizer) -> None:
@@ -241,7 +267,7 @@ class Allocation(Rule):
         return {
             "sensitivity": self.sensitivity,
             "uncertainty": self.uncertainty,
-            "pattern": {matrix.module.path: k for matrix, k in kept},
+            "pattern": {matrix.module.path: k.bool() for matrix, k in kept},
             "all": self.total_ranks,
             "freed": self.freed,
         }
@@ -259,7 +285,8 @@ class Allocation(Rule):
             setattr(self, name, moved)
 
         kept = state["pattern"]
-        self.kept = [kept[m.module.path].bool() for m in self.matrices] if kept else None
+        self.kept = [kept[m.module.path].float() for m in self.matrices] if kept else None
+        self._keeps_any = [bool(kept_here.any()) for kept_here in self.kept or ()]
 
     def took_all_ranks(self, module: AdaptedModule) -> bool:
         switch = module.tensors()[Matrix(module).switch]
@@ -278,17 +305,13 @@ class Allocation(Rule):
                 f"{self.schedule.total_steps}, and ranks are fixed after step {self.schedule.end}; "
                 f"until then it keeps {self.total_ranks} ranks, for {self.final_ranks} at the end"
             )
-        if self.scores_were_equal:
+        scores = self.last_scores
+        if scores is not None and bool((scores == scores[0]).all()):
             return (
                 "adalora's scores were all equal, so the ranks went by the modules' order alone: "
                 "did gradients reach them?"
             )
         return None
-
-
-def _is_tall(factor: Tensor) -> bool:
-    """Returns whether a factor has at least as many rows as columns: P, rather than Q."""
-    return factor.shape[0] >= factor.shape[1]
 
 
 def shrink_in_place(

@@ -163,7 +163,7 @@ class DeltaLoRA(Modifier):
 
         # The values are (1+λ)·P_n; the gradient is that of P_n, since W_n is a constant.
         factor = 1 + self.lam
-        up, down = _gradient_over(pair.up, factor), _gradient_over(pair.down, factor)
+        up, down = (gradient_over(t, factor) for t in (pair.up, pair.down))
         if not tensors[K_UP].numel():
             return pair._replace(up=up, down=factor * down)
         # If `down` never trains, one pair holds both terms.
@@ -313,7 +313,30 @@ def _pair_of(module: AdaptedModule) -> Pair:
     return change.pair(module.shape)
 
 
-def _gradient_over(tensor: Tensor, divisor: float) -> Tensor:
-    """Returns the same values to the bit, with the gradient divided by `divisor`."""
-    constant = tensor.detach()
-    return constant + (tensor - constant) / divisor
+def gradient_over(tensor: Tensor, divisor: float) -> Tensor:
+    """Returns the same values, with the gradient divided by `divisor`."""
+    same: Tensor = GradientOver.apply(tensor, divisor)  # type: ignore[no-untyped-call]
+    return same
+
+
+class GradientOver(torch.autograd.Function):
+    """What `gradient_over` computes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, divisor: float) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        _, ctx.divisor = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.divisor, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        divided: Tensor = tangent / ctx.divisor
+        return divided

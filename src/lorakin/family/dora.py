@@ -13,11 +13,12 @@ Start:    m = n, computed by the same function, so g is exactly 1. A row of leng
           for good; nothing is divided by it.
 Gradient: n is a constant: ∂up = (g ⊙ G) downᵀ, ∂down = upᵀ (g ⊙ G), ∂m_j = ⟨G_j, V_j⟩ / n_j, with
           G = ∂W
-Norm:     in float32 at least, in blocks of rows, without forming V where that is accurate:
+Norm:     in float32 at least. CPUs do not form V where that is accurate:
 
               n_j² = ‖w_j‖² + 2 · up_j · (down w_jᵀ) + up_j (down downᵀ) up_jᵀ
 
-          A row that the pair nearly cancels is measured directly.
+          A row that the pair nearly cancels is measured directly. GPUs, which would have to wait to
+          learn which rows these are, form V in the dtype of W0.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class DoRA(Modifier):
         self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
     ) -> Tensor:
         m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
-        return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
+        is_zero = n == 0
+        return (m / n.masked_fill_(is_zero, 1)).masked_fill_(is_zero, 1)
 
     def unmoved(self, modules: Sequence[AdaptedModule]) -> str | None:
         at_start = [module.path for module in modules if _is_at_start(module)]
@@ -126,13 +128,15 @@ def row_norms(weight: Tensor | FrozenWeight, up: Tensor, down: Tensor) -> Tensor
     dtype = wide_dtype(torch.promote_types(up.dtype, matrix.dtype))
     if matrix.device.type == "meta":
         return torch.empty(matrix.shape[0], dtype=dtype, device=matrix.device)
-    up, down = up.to(dtype), down.to(dtype)
     with torch.autocast(matrix.device.type, enabled=False):
-        # A compiler fuses the sum into the norm; a choice by values would break its graph.
-        if torch.compiler.is_compiling():
-            formed: Tensor = torch.linalg.vector_norm(matrix.matrix + up @ down, dim=1)
-            return formed
+        # Choosing rows by their values would break a compiler's graph, and wait for a GPU.
+        if torch.compiler.is_compiling() or matrix.device.type != "cpu":
+            up, down = up.to(matrix.dtype), down.to(matrix.dtype)
+            formed = torch.addmm(matrix.matrix, up, down)
+            norms: Tensor = torch.linalg.vector_norm(formed, dim=1, dtype=dtype)
+            return norms
 
+        up, down = up.to(dtype), down.to(dtype)
         base_squares = matrix.squares
         if isinstance(weight, Tensor):
             cross = torch.cat([rows.to(dtype) @ down.T for rows in matrix.blocks()])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.agreement import difference
-from lorakin.family.change import Chain, LowRank
+from lorakin.family.change import Chain, Change, LowRank
 from lorakin.family.composition import composed
 from lorakin.family.declared_slots import check_declared
 from lorakin.family.measure import GRADIENTS, INPUTS, UnadaptedModule
@@ -39,8 +39,8 @@ class Method:
     |---|---|---|---|---|
     | `low_rank` | `Pair` | left out | in `up` | PEFT's files, importance, DoRA's start |
     | `pair` | `Pair` | over the given weight | in `up` | merging, mixed batches, other layers |
-    | `scaled_pair` | `ScaledPair` | over the given weight | beside `up` | nn.Linear, experts |
-    | `chain` | `Chain` or None | cannot have one | – | nn.Linear with VeRA |
+    | `scaled_pair` | `ScaledPair` | over the given weight | beside `up` | experts |
+    | `linear_change` | `ScaledPair` or `Chain` | over the given weight | beside `up` | nn.Linear |
     """
 
     members: tuple[Member, ...]
@@ -275,18 +275,28 @@ class Method:
         """
         return self._gained(self.low_rank(tensors, shape), 1.0, tensors, weight)
 
-    def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
-        """Returns the change as a `Chain`, if it is one and nothing else."""
-        if self._is_amended or self.has_gain:
-            return None
+    def linear_change(
+        self, tensors: Mapping[str, Tensor], shape: Shape, weight: FrozenWeight
+    ) -> ScaledPair | Chain:
+        """Returns the change as a `Chain` if it is one and nothing else, or as `scaled_pair`."""
         change = self.parametrisation.change(tensors)
-        return change if isinstance(change, Chain) else None
+        if isinstance(change, Chain) and not (self._is_amended or self.has_gain):
+            return change
+        return self._scaled_pair(change, tensors, shape, weight)
 
     def scaled_pair(
         self, tensors: Mapping[str, Tensor], shape: Shape, weight: FrozenWeight
     ) -> ScaledPair:
         """Returns the pair and gain over `weight`, with the scale beside `up` where it can be."""
-        change = self.parametrisation.change(tensors)
+        return self._scaled_pair(self.parametrisation.change(tensors), tensors, shape, weight)
+
+    def _scaled_pair(
+        self,
+        change: Change,
+        tensors: Mapping[str, Tensor],
+        shape: Shape,
+        weight: FrozenWeight,
+    ) -> ScaledPair:
         if self._is_amended or not isinstance(change, LowRank):
             return ScaledPair(self.pair(tensors, shape, weight))
         pair = Pair(change.up, change.down)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.family import FrozenWeight, Method, Pair, Shape, Slot, Slots, widened
+from lorakin.family import Chain, FrozenWeight, Method, Pair, Shape, Slot, Slots, widened
 from lorakin.family.pair import ScaledPair
 from lorakin.inject.attachments import BIAS, attachments_of
+from lorakin.inject.cast_tensors import CastTensors
 from lorakin.inject.layer_kinds import LayerKind, LinearLayer, kind_of
 from lorakin.kernels.adapted_linear import CastPair, LinearChange
 from lorakin.kernels.autograd import PLAIN_TYPES, Copied, Version
@@ -23,6 +24,19 @@ def slot_trains(slot: Slot, tensor: Tensor) -> bool:
     Some optimizers fail on empty tensors.
     """
     return slot.trained and bool(tensor.numel())
+
+
+def _slots_to_cast(slots: Slots) -> tuple[str, ...]:
+    """Returns the slots whose tensors are multiplied in the base's dtype.
+
+    A gain stays in float32: it is near 1, where narrow dtypes have few digits. What all modules
+    share and none trains is cast once for all (`FrozenMatrixCache`).
+    """
+    return tuple(
+        name
+        for name, slot in slots.items()
+        if slot.belongs_to_pair and (slot.trained or not slot.shared)
+    )
 
 
 class Branch(nn.Module):
@@ -48,9 +62,13 @@ class Branch(nn.Module):
         self.scale = 1.0
         self.group = path.rpartition(".")[0]
         """Modules with one parent may share products; see `kernels.linear_with_chain`."""
+        self.cast = CastTensors()
+        self._cast_slots = (
+            _slots_to_cast(method.slots_at(path, shape)) if kind is LinearLayer else ()
+        )
         self._start_sample: dict[str, Tensor] = {}
         self._squares: tuple[Version, Tensor] | None = None
-        self._kept_pair: tuple[Version, Copied, CastPair] | None = None
+        self._kept_pair: tuple[Version, Copied | Version, CastPair] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
         if bias is not None:
@@ -123,6 +141,11 @@ class Branch(nn.Module):
         tensors = widened(self.tensors())
         return tensors if device is None else {slot: t.to(device) for slot, t in tensors.items()}
 
+    def tensors_to_cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Returns the tensors that a product in `dtype` needs cast, by slot."""
+        tensors = ((slot, self._parameters.get(slot)) for slot in self._cast_slots)
+        return {slot: t for slot, t in tensors if t is not None and t.dtype != dtype}
+
     def pair(self, weight: Tensor | FrozenWeight, scale: float | None = None) -> Pair:
         """Returns the method's pair over `weight` (outputs, inputs), in float32 or float64.
 
@@ -142,56 +165,69 @@ class Branch(nn.Module):
             weight: the base's.
             for_inference: whether no gradients are needed; the change has the dtype of `weight`.
         """
-        tensors = self.float32_tensors()
-        chain = self.method.chain(tensors)
-        if chain is not None:
-            return chain.times(self.scale)
-        if any(tensor.device != weight.device for tensor in tensors.values()):
-            tensors = self.float32_tensors(weight.device)
-        if for_inference:
-            return self._inference_pair(tensors, weight)
-        self._kept_pair = None
-        return self.scaled_pair(tensors, weight)
-
-    def scaled_pair(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> ScaledPair:
-        """Returns the pair over a weight `matrix`, multiplied by the adapter's scale.
-
-        Only a gain (DoRA) reads the squares ‖w_j‖² of the weight's rows. They are kept as long as
-        the weight does not change.
-        """
-        weight = FrozenWeight(matrix.detach())
-        # A compiler cannot ask whether a tensor has changed.
-        if not self.method.has_gain or torch.compiler.is_compiling():
-            return self.method.scaled_pair(tensors, self.shape, weight).times(self.scale)
-
-        are_kept = self._squares is not None and self._squares[0].is_still(matrix)
-        if self._squares is not None and are_kept:
-            weight.squares = self._squares[1]
-        pair = self.method.scaled_pair(tensors, self.shape, weight)
-        if not are_kept and "squares" in vars(weight) and (version := Version.of(matrix)):
-            self._squares = version, weight.squares
-        return pair.times(self.scale)
-
-    def _inference_pair(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> CastPair:
-        """Returns the pair as inference needs it.
-
-        A gain costs a product with the base weight, so an adapter that does not train keeps it as
-        long as nothing changes.
-        """
-        parameters = self.tensors().values()
-        if self._kept_pair is not None:
-            version, copied, pair = self._kept_pair
-            if version.is_still(matrix) and copied.is_still(*parameters):
-                return pair
+        kind = weight.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        if for_inference and (kept := self._pair_kept_over(weight)) is not None:
+            return kept
 
         self._kept_pair = None
-        pair = CastPair.of(*self.scaled_pair(tensors, matrix), matrix.dtype)
-        if pair.gain_minus_one is None or any(p.requires_grad for p in parameters):
-            return pair
-        new_version, new_copied = Version.of(matrix), Copied.of(*parameters)
-        if new_version is not None and new_copied is not None:
-            self._kept_pair = new_version, new_copied, pair
+        tensors = self.cast.take(self, dtype)
+        if any(t.device != weight.device for s, t in tensors.items() if s in self._cast_slots):
+            tensors = {slot: t.to(weight.device) for slot, t in tensors.items()}
+        matrix = self._frozen(weight)
+        change = self.method.linear_change(tensors, self.shape, matrix).times(self.scale)
+        self._keep_squares(weight, matrix)
+        if isinstance(change, Chain) or not for_inference:
+            return change
+        pair = CastPair.of(*change, weight.dtype)
+        self._keep_pair(weight, pair)
         return pair
+
+    def scaled_pair(self, tensors: Mapping[str, Tensor], weight: Tensor) -> ScaledPair:
+        """Returns the pair over `weight` (outputs, inputs), multiplied by the adapter's scale."""
+        matrix = self._frozen(weight)
+        pair = self.method.scaled_pair(tensors, self.shape, matrix).times(self.scale)
+        self._keep_squares(weight, matrix)
+        return pair
+
+    # A gain (DoRA) reads the squares ‖w_j‖² of the weight's rows, and costs a product with the
+    # weight. They are kept as long as nothing changes. A compiler cannot ask whether it has.
+
+    def _frozen(self, weight: Tensor) -> FrozenWeight:
+        """Returns the weight for members, with the squares of its rows if they are kept."""
+        matrix = FrozenWeight(weight.detach())
+        if self._squares is not None and not torch.compiler.is_compiling():
+            version, squares = self._squares
+            if version.is_still(weight):
+                matrix.squares = squares
+        return matrix
+
+    def _keep_squares(self, weight: Tensor, matrix: FrozenWeight) -> None:
+        if "squares" not in vars(matrix) or torch.compiler.is_compiling():
+            return
+        if self._squares is None or self._squares[1] is not matrix.squares:
+            version = Version.of(weight)
+            self._squares = None if version is None else (version, matrix.squares)
+
+    def _pair_kept_over(self, weight: Tensor) -> CastPair | None:
+        """Returns the pair that inference keeps, if nothing has changed since."""
+        if self._kept_pair is None:
+            return None
+        version, of_adapter, pair = self._kept_pair
+        is_still = version.is_still(weight) and of_adapter.is_still(*self.tensors().values())
+        return pair if is_still else None
+
+    def _keep_pair(self, weight: Tensor, pair: CastPair) -> None:
+        """Keeps the pair of an adapter that does not train."""
+        parameters = self.tensors().values()
+        if pair.gain_minus_one is None or any(p.requires_grad for p in parameters):
+            return
+        version = Version.of(weight)
+        # A GPU would have to be waited for to compare values.
+        of_adapter = Copied.of(*parameters) or Version.of(*parameters)
+        if version is not None and of_adapter is not None:
+            self._kept_pair = version, of_adapter, pair
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_squares": None, "_kept_pair": None}

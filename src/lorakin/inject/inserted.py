@@ -26,6 +26,7 @@ from lorakin.inject.attachments import Attachments, Bias, attachments_of, base_p
 from lorakin.inject.biases import base_bias, initial_biases
 from lorakin.inject.branch import Branch, Copy, slot_trains
 from lorakin.inject.buffers import cloned
+from lorakin.inject.cast_tensors import CastTensors
 from lorakin.inject.effect import Effect
 from lorakin.inject.layer_kinds import PeftGroupedConvolution
 from lorakin.inject.model_registry import (
@@ -70,6 +71,7 @@ class InsertedAdapter:
         self.is_fresh = False
         self.buffers: dict[str, Tensor | None] = {}
         self.tensors = AdapterTensors(self)
+        self.cast = CastTensors()
         self.effect = Effect(self)
         self.run = AdapterRun(self)
 
@@ -116,6 +118,7 @@ class InsertedAdapter:
         registry.without_inference_kernel += quantised.keep_trainable(self.model)
         vars(self.model)["_lorakin"] = registry
         registry.adapters[self.name] = self
+        self.cast.branches = [child for child in children.values() if isinstance(child, Branch)]
         for path, child in children.items():
             attach(modules[path], self.name, child.train(modules[path].training))
         update_model_hooks(self.model, registry)
@@ -158,7 +161,9 @@ class InsertedAdapter:
                 name: _parameter(slots[name], tensor, kind.device(module), shared)
                 for name, tensor in tensors[path].items()
             }
-            children[path] = Branch(path, method, kind, shape, parameters, bias_of.get(path))
+            branch = Branch(path, method, kind, shape, parameters, bias_of.get(path))
+            branch.cast = self.cast
+            children[path] = branch
 
         for path in self.placement.whole_modules:
             twin = _plain_copy(modules[path]).requires_grad_(True)

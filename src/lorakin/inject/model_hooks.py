@@ -33,7 +33,7 @@ class ModelHooks:
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.watched: list[tuple[nn.Module, str, nn.Module, str]] = []
         self.pre_hook = model.register_forward_pre_hook(self)
-        self.post_hook = model.register_forward_hook(_end_of_forward, always_call=True)
+        self.post_hook = model.register_forward_hook(self.end_of_forward, always_call=True)
         self.first_forward_hook: Any = model.register_forward_hook(
             self.after_first, with_kwargs=True
         )
@@ -92,6 +92,9 @@ class ModelHooks:
         for parent, leaf, module, path in self.watched:
             if parent._modules.get(leaf) is not module:
                 raise StateError(exchanged_message(path))
+        for adapter in self.adapters.values():
+            if adapter.effect.is_active:
+                adapter.cast.begin()
         if not (model.training and torch.is_grad_enabled()):
             return
         for module in self.checkpointing:
@@ -100,11 +103,13 @@ class ModelHooks:
         for adapter in self.adapters.values():
             adapter.run.before_backward()
 
-
-def _end_of_forward(model: nn.Module, args: Any, out: Any) -> None:
-    """Ends the forward for `threads`; a hook that also runs after a forward that failed."""
-    if not torch.compiler.is_compiling():
+    def end_of_forward(self, model: nn.Module, args: Any, out: Any) -> None:
+        """Ends what `__call__` began; a hook that also runs after a forward that failed."""
+        if torch.compiler.is_compiling():
+            return
         threads.end_forward(model)
+        for adapter in self.adapters.values():
+            adapter.cast.end()
 
 
 def _or_none(get_embedding: Callable[[], Any]) -> Any:

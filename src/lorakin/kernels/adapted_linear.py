@@ -12,7 +12,8 @@ Plain autograd would keep float32 copies of the inputs, dropout masks, and the p
 `LinearWithPair` keeps x and, in the base's dtype, the r values per token `down x̃`. Where `down`
 does not train (LoRA-FA, VeRA) it does not even keep x. A dropout mask is drawn again from its seed.
 
-The adapter's parameters stay in float32; products are computed in the base's dtype.
+The adapter's parameters stay in float32. Products are computed in the base's dtype, to which
+inject/cast_tensors.py has cast the pair; a gain is cast here, as its distance from 1.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from lorakin.kernels.recomputation import Recomputation
 
 LEAST_DIVISOR = 2**-4
 """A gain below this leaves too few digits in the output to divide by it."""
+NO_ZERO = 1e-30
+"""Added to a gain in float32, it changes nothing but 0."""
 
 
 class CastPair(NamedTuple):
@@ -54,8 +57,12 @@ class CastPair(NamedTuple):
         >>> CastPair.of(pair, 0.5, torch.bfloat16).gain_minus_one
         tensor([0., 0.], dtype=torch.bfloat16)
         """
-        gain_minus_one = None if pair.gain is None else (pair.gain - 1).to(dtype)
+        gain_minus_one = None if pair.gain is None else _minus_one(pair.gain, dtype)
         return cls(pair.up.to(dtype), pair.down.to(dtype), scale, gain_minus_one)
+
+
+def _minus_one(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.sub(gain.detach(), 1, out=torch.empty_like(gain, dtype=dtype))
 
 
 LinearChange = ScaledPair | Chain | CastPair
@@ -128,21 +135,27 @@ def _dispatch(
     """Runs the function for this form of change. `given` is x before autocast."""
     if isinstance(change, ScaledPair):
         (up, down, gain), scale = change
-        drop = DropoutDraw.drawn(dropout) if dropout else None
+        up, down = up.to(weight.dtype), down.to(weight.dtype)
+        drop = DropoutDraw.drawn(dropout, x.device) if dropout else None
         return LinearWithPair.apply(x, weight, bias, up, down, gain, scale, drop)  # type: ignore[no-untyped-call, no-any-return]
     if isinstance(change, Chain):
         return linear_with_chain(given, x, weight, bias, change, dropout, group)
 
     y = base_linear(x, weight, bias)
-    _add_pair(y, x.reshape(-1, x.shape[-1]) @ change.down.T, bias, change)
+    _add_product(y, x.reshape(-1, x.shape[-1]) @ change.down.T, change.up, change.scale)
+    if change.gain_minus_one is not None:
+        _multiply(y, change.gain_minus_one, bias)
     return y
 
 
-def _add_pair(y: Tensor, hidden: Tensor, bias: Tensor | None, pair: CastPair) -> None:
-    """Changes y to g ⊙ (y − b + scale · up(hidden)) + b, in place."""
-    y.view(-1, y.shape[-1]).addmm_(hidden, pair.up.T, alpha=pair.scale)
-    if pair.gain_minus_one is not None:
-        y.addcmul_(y if bias is None else y - bias, pair.gain_minus_one)
+def _add_product(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> None:
+    """Adds scale · up(hidden) to y, in place."""
+    y.view(-1, y.shape[-1]).addmm_(hidden, up.T, alpha=scale)
+
+
+def _multiply(y: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> None:
+    """Changes y to g ⊙ (y − b) + b, in place."""
+    y.addcmul_(y if bias is None else y - bias, gain_minus_one)
 
 
 class LinearWithPair(torch.autograd.Function):
@@ -152,7 +165,9 @@ class LinearWithPair(torch.autograd.Function):
     (outputs,) or None. There is no dropout beside a gain.
 
     The gain's gradient is Σ δ ⊙ (y − b)/g. So the output is kept, which the next layer often keeps
-    too.
+    too. A small gain leaves too few digits in y − b. A CPU then computes again what the gain
+    multiplied; a GPU, which would have to wait to learn that a gain is small, keeps it instead of
+    the output where there is a bias.
     """
 
     @staticmethod
@@ -168,31 +183,37 @@ class LinearWithPair(torch.autograd.Function):
         drop: DropoutDraw | None,
     ) -> Tensor:
         ctx.drop, ctx.scale = drop, scale if drop is None else scale * drop.scale
-        pair = CastPair.of(Pair(up, down, gain), ctx.scale, weight.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-
-        hidden = (rows if drop is None else drop.zeroed(rows)) @ pair.down.T
-        y = base_linear(x, weight, bias)
-        _add_pair(y, hidden, bias, pair)
-
         _, needs_weight, _, _, needs_down, needs_gain, *_ = ctx.needs_input_grad
-        output = None
-        if needs_gain:
-            output, ctx.was_overwritten = _alias_without_version(y)
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = (rows if drop is None else drop.zeroed(rows)) @ down.T
+
+        ctx.keeps_multiplied = needs_gain and bias is not None and x.device.type != "cpu"
+        y = base_linear(x, weight, None if ctx.keeps_multiplied else bias)
+        _add_product(y, hidden, up, ctx.scale)
+        kept = gain_minus_one = None
+        if gain is not None:
+            gain_minus_one = _minus_one(gain, weight.dtype)
+        if ctx.keeps_multiplied:
+            assert bias is not None and gain_minus_one is not None
+            kept, y = y, torch.addcmul(y + bias, y, gain_minus_one)
+        elif gain_minus_one is not None:
+            _multiply(y, gain_minus_one, bias)
+            if needs_gain:
+                kept, ctx.was_overwritten = _alias_without_version(y)
+
         recipe = Recomputation.of(x)
         ctx.make = recipe.make
         parts = recipe.parts if needs_weight or needs_down or needs_gain else ()
-        ctx.save_for_backward(hidden, weight, bias, up, down, pair.gain_minus_one, output, *parts)
+        ctx.save_for_backward(hidden, weight, bias, up, down, gain, gain_minus_one, kept, *parts)
         return y
 
     @staticmethod
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, wide_up, wide_down, gain_minus_one, output, *parts = ctx.saved_tensors
+        hidden, weight, bias, up, down, gain, gain_minus_one, kept, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_up, needs_down, needs_gain, *_ = (
             ctx.needs_input_grad
         )
-        up, down = wide_up.to(weight.dtype), wide_down.to(weight.dtype)
         drop, scale = ctx.drop, ctx.scale
         delta = grad.reshape(-1, grad.shape[-1])
 
@@ -203,38 +224,60 @@ class LinearWithPair(torch.autograd.Function):
         for_bias = delta.sum(0) if needs_bias else None
         for_gain = None
         if needs_gain:
-            gain = gain_minus_one + 1
-            if ctx.was_overwritten() or bool((gain.abs() < LEAST_DIVISOR).any()):
+            if ctx.keeps_multiplied:
+                for_gain = _sum_of_rows(delta * kept.view(delta.shape), gain.dtype)
+            elif ctx.was_overwritten() or _is_small(gain):
                 # Then the output does not tell what the gain multiplied: compute that again.
-                multiplied = torch.addmm(rows() @ weight.T, hidden, up.T, alpha=scale)
-                gain = torch.ones_like(gain)
+                multiplied = (rows() @ weight.T).addmm_(hidden, up.T, alpha=scale)
+                for_gain = _sum_of_rows(delta * multiplied, gain.dtype)
             else:
-                multiplied = output.view(delta.shape)
+                multiplied = kept.view(delta.shape)
                 multiplied = multiplied if bias is None else multiplied - bias
-            for_gain = (delta * multiplied).sum(0).to(wide_up.dtype) / gain
+                # Where a gain is 0, so is the sum.
+                for_gain = _sum_of_rows(delta * multiplied, gain.dtype) / (gain + NO_ZERO)
         if gain_minus_one is not None:
             delta = torch.addcmul(delta, delta, gain_minus_one)
 
         for_weight = delta.T @ rows() if needs_weight else None
-        for_up = (hidden.T @ delta).T.to(wide_up.dtype).mul_(scale) if needs_up else None
+        for_up = _scaled_product(delta, hidden, scale) if needs_up else None
 
         back = delta @ up
-        dropped = None
-        if drop is not None:
-            dropped = drop.positions(len(delta) * weight.shape[1], delta.device)
-        for_down = None
+        for_down = dropped = None
         if needs_down:
-            x_dropped = rows() if drop is None else drop.zeroed(rows(), dropped)
-            for_down = (back.T @ x_dropped).to(wide_down.dtype).mul_(scale)
+            inputs = rows()
+            if drop is not None:
+                dropped = drop.entries(inputs)
+                inputs = drop.zeroed(inputs, dropped)
+            for_down = _scaled_product(back, inputs, scale)
 
         for_x = None
         if needs_x:
-            if dropped is None:
+            if drop is None:
                 for_x = (delta @ weight).addmm_(back, down, alpha=scale)
             else:
                 for_x = drop.input_gradient(delta, weight, back, down, scale, dropped)
             for_x = for_x.view(*grad.shape[:-1], weight.shape[1])
         return for_x, for_weight, for_bias, for_up, for_down, for_gain, None, None
+
+
+def _is_small(gain: Tensor) -> bool:
+    """Returns whether an entry is too small to divide by; False for a GPU, which is not asked."""
+    return gain.device.type == "cpu" and bool((gain.abs() < LEAST_DIVISOR).any())
+
+
+def _sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    if matrix.device.type == "cpu":
+        return matrix.sum(0).to(dtype)  # with `dtype`, a CPU would cast the whole matrix first
+    return matrix.sum(0, dtype=dtype)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Returns scale · leftᵀ·right for left (rows, n) and right (rows, m), in one kernel."""
+    n, m = left.shape[1], right.shape[1]
+    if left.device.type == "cpu" and n > m:
+        # CPUs take half the time for a product that is wide instead of tall.
+        return _scaled_product(right, left, scale).T
+    return left.new_empty(n, m).addmm_(left.T, right, beta=0, alpha=scale)
 
 
 def _alias_without_version(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:

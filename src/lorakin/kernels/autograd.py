@@ -35,8 +35,8 @@ def backward_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(function)
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        if not torch.is_autocast_enabled(grad.device.type):
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None or not torch.is_autocast_enabled(grad.device.type):
             return function(ctx, grad)
         with torch.autocast(grad.device.type, enabled=False):
             return function(ctx, grad)
@@ -59,8 +59,8 @@ class Version:
 
     It compares storages (without keeping them alive), addresses, dtypes, shapes, and autograd's
     version counters. torch's fused optimizers do not count as changes there, so any optimizer step
-    in the process counts as one. Writing through `.data` is not noticed: use `Copied` for an
-    adapter's tensors.
+    in the process counts as a change of a tensor that trains. Writing through `.data` is not
+    noticed: use `Copied` for an adapter's tensors.
 
     >>> weight = torch.zeros(2)
     >>> seen = Version(weight)
@@ -74,7 +74,7 @@ class Version:
 
     @staticmethod
     def _form(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-        return [(t.data_ptr(), t._version, STEPS.taken, t.dtype, t.shape) for t in tensors]
+        return [(t.data_ptr(), t._version, _steps_of(t), t.dtype, t.shape) for t in tensors]
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Version | None:
@@ -86,6 +86,11 @@ class Version:
         if any(tensor.is_inference() for tensor in tensors) or self.form != self._form(tensors):
             return False
         return not any(storage.expired() for storage in self.storages)  # type: ignore[no-untyped-call]
+
+
+def _steps_of(tensor: Tensor) -> int:
+    """Returns the count of steps for a tensor that an optimizer may change; −1 for a frozen one."""
+    return STEPS.taken if tensor.requires_grad or tensor.grad is not None else -1
 
 
 class Copied:

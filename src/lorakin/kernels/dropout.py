@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,67 +13,121 @@ from torch import Tensor
 from lorakin.kernels.autograd import backward_once
 
 
-class DropoutDraw(NamedTuple):
-    """One draw of dropout: its seed gives the same dropped positions again in the backward.
+class DropoutDraw(abc.ABC):
+    """One draw of dropout: its seed gives the same dropped entries again in the backward.
 
-    The gaps between the dropped entries of a Bernoulli process are geometrically distributed. So
-    p·n random numbers are drawn for n entries, not n.
-
-    >>> drop, x = DropoutDraw(0.5, seed=1), torch.ones(8)
+    >>> drop, x = DropoutDraw.drawn(0.5, torch.device("cpu")), torch.ones(8)
     >>> torch.equal(drop.zeroed(x), drop.zeroed(x))
     True
     """
 
-    p: float
-    seed: int
+    def __init__(self, p: float, seed: int) -> None:
+        self.p = p
+        self.seed = seed
 
-    @classmethod
-    def drawn(cls, p: float) -> DropoutDraw:
-        """Returns a draw with probability `p`, its seed from torch's default generator."""
-        return cls(p, int(torch.randint(1 << 62, ())))
+    @staticmethod
+    def drawn(p: float, device: torch.device) -> DropoutDraw:
+        """Returns a draw with probability `p`, its seed from the CPU's default generator."""
+        kind = DropoutByGaps if device.type == "cpu" else DropoutByMask
+        return kind(p, int(torch.randint(1 << 62, (), device="cpu")))
 
     @property
     def scale(self) -> float:
         """The factor on the entries that are kept: 1 / (1 − p)."""
         return 1 / (1 - self.p)
 
-    def positions(self, count: int, device: torch.device) -> Tensor:
-        """Returns which of `count` entries are dropped, ascending, int64.
+    @abc.abstractmethod
+    def entries(self, like: Tensor) -> Tensor:
+        """Returns which entries of a tensor like `like` are dropped, in the form that suits it."""
 
-        The draws run past the end, and each position there is given as `count`.
+    @abc.abstractmethod
+    def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
+        """Returns a copy of `x` with zeros at the dropped entries; nothing is scaled."""
+
+    @abc.abstractmethod
+    def input_gradient(
+        self,
+        delta: Tensor,
+        weight: Tensor,
+        back: Tensor,
+        down: Tensor,
+        scale: float,
+        entries: Tensor | None,
+    ) -> Tensor:
+        """Computes the gradient of x: delta·weight, plus scale · back·down where x was not dropped.
+
+        Shapes: delta (rows, outputs), weight (outputs, inputs), back (rows, k), down (k, inputs).
         """
-        generator = torch.Generator(device).manual_seed(self.seed)
+
+
+class DropoutByGaps(DropoutDraw):
+    """Dropout for CPUs, to which random numbers are dear.
+
+    The gaps between the dropped entries of a Bernoulli process are geometrically distributed. So
+    p·n random numbers are drawn for n entries, not n. `entries` are positions, ascending.
+    """
+
+    def entries(self, like: Tensor) -> Tensor:
+        count = like.numel()
+        generator = torch.Generator().manual_seed(self.seed)
         mean = count * self.p
-        # 8 standard deviations more than the mean are enough to pass the end.
+        # 8 standard deviations more than the mean are enough to pass the end. Each position past
+        # the end is given as `count`.
         draws = int(mean + 8 * math.sqrt(mean) + 16)
-        uniform = torch.rand(draws, generator=generator, device=device)
+        uniform = torch.rand(draws, generator=generator, device=like.device)
         gaps = uniform.neg_().log1p_().div_(math.log1p(-self.p)).to(torch.int64)
         return gaps.add_(1).cumsum(0).sub_(1).clamp_(max=count)
 
-    def zeroed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Returns a copy of `x` with zeros at the dropped positions; nothing is scaled."""
-        if positions is None:
-            positions = self.positions(x.numel(), x.device)
+    def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
+        positions = self.entries(x) if entries is None else entries
         # The last entry takes the positions past the end.
         flat = x.new_empty(x.numel() + 1)
         zeroed: Tensor = flat[:-1].view(x.shape).copy_(x)
         flat.index_fill_(0, positions, 0)
         return zeroed
 
-    @staticmethod
     def input_gradient(
-        delta: Tensor, weight: Tensor, back: Tensor, down: Tensor, scale: float, positions: Tensor
+        self,
+        delta: Tensor,
+        weight: Tensor,
+        back: Tensor,
+        down: Tensor,
+        scale: float,
+        entries: Tensor | None,
     ) -> Tensor:
-        """Computes the gradient of x: delta·weight, plus scale · back·down where x was not dropped.
-
-        Shapes: delta (rows, outputs), weight (outputs, inputs), back (rows, k), down (k, inputs).
-        """
         flat = delta.new_empty(len(delta) * weight.shape[1] + 1)
         product = torch.mm(delta, weight, out=flat[:-1].view(len(delta), weight.shape[1]))
+        positions = self.entries(product) if entries is None else entries
         at_dropped = flat[positions]
         product.addmm_(back, down, alpha=scale)
         flat[positions] = at_dropped
         return product
+
+
+class DropoutByMask(DropoutDraw):
+    """Dropout for GPUs, to which kernels are dear. `entries` is a mask: 1 keeps an entry."""
+
+    def entries(self, like: Tensor) -> Tensor:
+        generator = torch.Generator(like.device).manual_seed(self.seed)
+        mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return mask.bernoulli_(1 - self.p, generator=generator)
+
+    def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
+        return x * (self.entries(x) if entries is None else entries)
+
+    def input_gradient(
+        self,
+        delta: Tensor,
+        weight: Tensor,
+        back: Tensor,
+        down: Tensor,
+        scale: float,
+        entries: Tensor | None,
+    ) -> Tensor:
+        product = delta @ weight
+        mask = self.entries(product) if entries is None else entries
+        through_pair = torch.empty_like(product).addmm_(back, down, beta=0, alpha=scale)
+        return product.addcmul_(through_pair, mask)
 
 
 class DroppedProduct(torch.autograd.Function):

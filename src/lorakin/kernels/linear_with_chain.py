@@ -57,7 +57,7 @@ def linear_with_chain(
     inner, outer = chain.inner.to(weight.device), chain.outer.to(weight.device)
 
     if dropout:
-        u = DroppedProduct.apply(x, narrow_down, DropoutDraw.drawn(dropout))  # type: ignore[no-untyped-call]
+        u = DroppedProduct.apply(x, narrow_down, DropoutDraw.drawn(dropout, x.device))  # type: ignore[no-untyped-call]
     else:
         u = down.product(given, group, lambda: SharedProduct.apply(x, narrow_down))  # type: ignore[no-untyped-call]
 
@@ -137,13 +137,15 @@ class SharedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.down = down
         return F.linear(x, down)
 
     @staticmethod
     @backward_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad @ ctx.down, None
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Where the layers multiply by the changed weight, no gradient comes through u.
+        return None if grad is None else grad @ ctx.down, None
 
 
 class LinearWithChain(torch.autograd.Function):
@@ -192,7 +194,7 @@ class LinearWithChain(torch.autograd.Function):
         for_weight = delta.T @ x.reshape(len(delta), weight.shape[1]) if needs_weight else None
         for_bias = delta.sum(0) if needs_bias else None
         common = ((delta.T @ u.reshape(len(delta), len(inner))) * up).to(outer.dtype)
-        for_outer, for_inner = common @ inner, outer @ common
+        for_outer, for_inner = common @ inner, common.T @ outer
 
         for_x = for_u = None
         if needs_x:

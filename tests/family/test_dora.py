@@ -5,11 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import lorakin as lk
 from conftest import ConvNet, tiny_gpt2, tiny_llama
-from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear, randomised, saved_bytes
+from family.problem import (
+    BOTH_PRECISIONS,
+    array,
+    close,
+    data,
+    fit,
+    linear,
+    mask,
+    randomised,
+    saved_bytes,
+)
 from lorakin.family import weight as frozen_weight
 from lorakin.family.dora import row_norms
 from references import dora as reference
@@ -26,10 +35,10 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     torch.manual_seed(4)
     y = model(x)
     torch.manual_seed(4)
-    mask = nn.functional.dropout(torch.ones_like(x), dropout).detach().numpy()
+    kept = mask(x, dropout)
     y.backward(delta)
     numbers = [array(t) for t in (x, model[0].weight, model[0].bias, site.A, site.B)]
-    more = {"s": 5 / 3, "m": array(site.m), "mask": mask}
+    more = {"s": 5 / 3, "m": array(site.m), "mask": kept}
     close(y, reference.forward(*numbers, **more), tolerance)
     dA, dB, dm, dx = reference.gradients(*numbers, delta=array(delta), **more)
     for got, want in ((site.A.grad, dA), (site.B.grad, dB), (site.m.grad, dm), (x.grad, dx)):

@@ -266,7 +266,7 @@ def deferred(dtype: torch.dtype = torch.float32) -> tuple[LazyLogits, Tensor, Te
 def test_the_loss_of_deferred_logits_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorakin.kernels import lazy_logits as module
 
-    monkeypatch.setattr(module, "BLOCK_OF_LOGITS", 23 * 4)  # four tokens at a time
+    monkeypatch.setitem(module.BLOCK_OF_LOGITS, "cpu", 23 * 4)  # four tokens at a time
     monkeypatch.setattr(module, "ROWS", 1)
     logits, hidden, real = deferred(torch.float64)
     target = torch.randint(0, 23, (21,))

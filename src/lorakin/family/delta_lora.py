@@ -309,8 +309,9 @@ def _product_of(module: AdaptedModule) -> Tensor:
 
 def _pair_of(module: AdaptedModule) -> Pair:
     """Returns the module's pair before the base's part is added, in float32 at least."""
-    change = module.method.parametrisation.change(widened(module.tensors()))
-    return change.pair(module.shape)
+    device = module.weight.device  # a tensor that modules share may be on another
+    tensors = {slot: tensor.to(device) for slot, tensor in module.tensors().items()}
+    return module.method.parametrisation.change(widened(tensors)).pair(module.shape)
 
 
 def gradient_over(tensor: Tensor, divisor: float) -> Tensor:

@@ -92,7 +92,7 @@ def _nearest(
     root: Tensor | None = None,
 ) -> tuple[Pair, Fit]:
     """Returns the pair nearest to left·core, both float64; `left` is orthonormal or None for I."""
-    weighted = core if root is None else core @ root.double()
+    weighted = core if root is None else core @ root.to(core)
     vectors, values = _left_singular(weighted)
     rank_kept = min(len(values) if rank is None else rank, _true_rank(values))
     if error is not None:

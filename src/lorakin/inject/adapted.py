@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family.pair import ScaledPair
 from lorakin.family.sharding import whole_shape
 from lorakin.inject import expert_forward, experts
 from lorakin.inject.attachments import (
@@ -134,9 +133,6 @@ class Adapted(Swapped):
             dropout or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
         )
         change = branch.change(weight, for_inference=is_plain_inference)
-        if dropout and isinstance(change, ScaledPair) and change.pair.gain is not None:
-            # The gain acts on W0 x̃ too, which is another product with the weight.
-            return None
         bias = self.bias if attached.has_bias else self._parameters.get(BIAS)
         return kernel.adapted_linear(x, weight, bias, change, dropout, branch.group)
 

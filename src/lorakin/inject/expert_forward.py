@@ -173,7 +173,7 @@ def _change(stack: ExpertStack, weight: Tensor, branches: Mapping[int, Any]) -> 
         return base_weight.detach()
 
     pairs = {
-        n: branch.scaled_pair(branch.float32_tensors(), base_weight_of(n))
+        n: branch.scaled_pair(branch.float32_tensors(weight.device), base_weight_of(n))
         for n, branch in branches.items()
     }
     outputs, inputs = first.shape[:2]

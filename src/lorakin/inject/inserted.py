@@ -96,7 +96,7 @@ class InsertedAdapter:
 
         Args:
             tensors: the tensors of each module, by path and slot. One object in several places
-                becomes one parameter, on each device.
+                becomes one parameter.
             copies: the state of the modules trained whole, by path; without it they start as the
                 base's.
             buffers: what its own buffers hold, by name; without it they start as the base's.
@@ -253,8 +253,8 @@ class InsertedAdapter:
         return registry
 
 
-SharedParameters = dict[tuple[int, torch.device], nn.Parameter]
-"""(id of a tensor, device) → its parameter, so that a shared tensor is one parameter."""
+SharedParameters = dict[tuple[int, torch.device | None], nn.Parameter]
+"""(id of a tensor, device; None if it trains) → its parameter: a shared tensor is one."""
 
 
 def _parameter(
@@ -262,12 +262,16 @@ def _parameter(
 ) -> nn.Parameter:
     """Returns a slot's tensor as a parameter on its module's device.
 
-    A tensor with values stays where it is if the module is on the meta device.
+    One tensor of several modules is one parameter. If it trains, it is on the device of the first,
+    and forwards of the others copy it; if not, each device has its own. A tensor with values stays
+    where it is if the module is on the meta device.
     """
-    if (id(tensor), device) not in shared:
+    trains = slot_trains(slot, tensor)
+    key = (id(tensor), None if trains else device)
+    if key not in shared:
         moved = tensor.detach() if device.type == "meta" else tensor.detach().to(device)
-        shared[id(tensor), device] = nn.Parameter(moved, slot_trains(slot, tensor))
-    return shared[id(tensor), device]
+        shared[key] = nn.Parameter(moved, trains)
+    return shared[key]
 
 
 def _bias(module: nn.Module, bias: Tensor, shared: SharedParameters) -> nn.Parameter:

@@ -4,7 +4,8 @@
 
 `Adapted._fused_output` calls `adapted_linear`; inject/adapted.py describes the path of a forward up
 to here. `adapted_linear` turns autocast off, casts to its dtype, and picks the function for the
-form of the change: `ScaledPair` → `LinearWithPair`, `Chain` → `LinearWithChain`, `CastPair`
+form of the change: `ScaledPair` → `LinearWithPair` (`LinearWithDroppedGain` for a gain behind
+dropout), `Chain` → `LinearWithChain`, `CastPair`
 (inference) → plain products. `LinearWithPair.forward` multiplies by W0 and adds the low-rank
 product into that output; its `backward` recomputes what it can instead of keeping it.
 
@@ -30,7 +31,9 @@ from lorakin.kernels.autograd import PLAIN_TYPES, backward_once, runs_eagerly
 from lorakin.kernels.base_linear import base_linear
 from lorakin.kernels.dropout import DropoutDraw
 from lorakin.kernels.linear_with_chain import linear_with_chain
+from lorakin.kernels.linear_with_dropped_gain import LinearWithDroppedGain
 from lorakin.kernels.recomputation import Recomputation
+from lorakin.kernels.thin_products import minus_one, scaled_product, sum_of_rows
 
 LEAST_DIVISOR = 2**-4
 """A gain below this leaves too few digits in the output to divide by it."""
@@ -57,12 +60,8 @@ class CastPair(NamedTuple):
         >>> CastPair.of(pair, 0.5, torch.bfloat16).gain_minus_one
         tensor([0., 0.], dtype=torch.bfloat16)
         """
-        gain_minus_one = None if pair.gain is None else _minus_one(pair.gain, dtype)
+        gain_minus_one = None if pair.gain is None else minus_one(pair.gain, dtype)
         return cls(pair.up.to(dtype), pair.down.to(dtype), scale, gain_minus_one)
-
-
-def _minus_one(gain: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.sub(gain.detach(), 1, out=torch.empty_like(gain, dtype=dtype))
 
 
 LinearChange = ScaledPair | Chain | CastPair
@@ -137,7 +136,8 @@ def _dispatch(
         (up, down, gain), scale = change
         up, down = up.to(weight.dtype), down.to(weight.dtype)
         drop = DropoutDraw.drawn(dropout, x.device) if dropout else None
-        return LinearWithPair.apply(x, weight, bias, up, down, gain, scale, drop)  # type: ignore[no-untyped-call, no-any-return]
+        kernel = LinearWithPair if drop is None or gain is None else LinearWithDroppedGain
+        return kernel.apply(x, weight, bias, up, down, gain, scale, drop)  # type: ignore[no-untyped-call, no-any-return]
     if isinstance(change, Chain):
         return linear_with_chain(given, x, weight, bias, change, dropout, group)
 
@@ -192,7 +192,7 @@ class LinearWithPair(torch.autograd.Function):
         _add_product(y, hidden, up, ctx.scale)
         kept = gain_minus_one = None
         if gain is not None:
-            gain_minus_one = _minus_one(gain, weight.dtype)
+            gain_minus_one = minus_one(gain, weight.dtype)
         if ctx.keeps_multiplied:
             assert bias is not None and gain_minus_one is not None
             kept, y = y, torch.addcmul(y + bias, y, gain_minus_one)
@@ -225,21 +225,21 @@ class LinearWithPair(torch.autograd.Function):
         for_gain = None
         if needs_gain:
             if ctx.keeps_multiplied:
-                for_gain = _sum_of_rows(delta * kept.view(delta.shape), gain.dtype)
+                for_gain = sum_of_rows(delta * kept.view(delta.shape), gain.dtype)
             elif ctx.was_overwritten() or _is_small(gain):
                 # Then the output does not tell what the gain multiplied: compute that again.
                 multiplied = (rows() @ weight.T).addmm_(hidden, up.T, alpha=scale)
-                for_gain = _sum_of_rows(delta * multiplied, gain.dtype)
+                for_gain = sum_of_rows(delta * multiplied, gain.dtype)
             else:
                 multiplied = kept.view(delta.shape)
                 multiplied = multiplied if bias is None else multiplied - bias
                 # Where a gain is 0, so is the sum.
-                for_gain = _sum_of_rows(delta * multiplied, gain.dtype) / (gain + NO_ZERO)
+                for_gain = sum_of_rows(delta * multiplied, gain.dtype) / (gain + NO_ZERO)
         if gain_minus_one is not None:
             delta = torch.addcmul(delta, delta, gain_minus_one)
 
         for_weight = delta.T @ rows() if needs_weight else None
-        for_up = _scaled_product(delta, hidden, scale) if needs_up else None
+        for_up = scaled_product(delta, hidden, scale) if needs_up else None
 
         back = delta @ up
         for_down = dropped = None
@@ -248,7 +248,7 @@ class LinearWithPair(torch.autograd.Function):
             if drop is not None:
                 dropped = drop.entries(inputs)
                 inputs = drop.zeroed(inputs, dropped)
-            for_down = _scaled_product(back, inputs, scale)
+            for_down = scaled_product(back, inputs, scale)
 
         for_x = None
         if needs_x:
@@ -263,21 +263,6 @@ class LinearWithPair(torch.autograd.Function):
 def _is_small(gain: Tensor) -> bool:
     """Returns whether an entry is too small to divide by; False for a GPU, which is not asked."""
     return gain.device.type == "cpu" and bool((gain.abs() < LEAST_DIVISOR).any())
-
-
-def _sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    if matrix.device.type == "cpu":
-        return matrix.sum(0).to(dtype)  # with `dtype`, a CPU would cast the whole matrix first
-    return matrix.sum(0, dtype=dtype)
-
-
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Returns scale · leftᵀ·right for left (rows, n) and right (rows, m), in one kernel."""
-    n, m = left.shape[1], right.shape[1]
-    if left.device.type == "cpu" and n > m:
-        # CPUs take half the time for a product that is wide instead of tall.
-        return _scaled_product(right, left, scale).T
-    return left.new_empty(n, m).addmm_(left.T, right, beta=0, alpha=scale)
 
 
 def _alias_without_version(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:

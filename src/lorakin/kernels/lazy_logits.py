@@ -19,8 +19,10 @@ from torch import Tensor
 
 from lorakin.kernels.autograd import backward_once
 
-BLOCK_OF_LOGITS = 1 << 22
-"""How many logits are computed at a time, of at least `ROWS` tokens."""
+BLOCK_OF_LOGITS = {"cpu": 1 << 22}
+"""How many logits are computed at a time, of at least `ROWS` tokens, by the type of the device."""
+BLOCK_ELSEWHERE = 1 << 26
+"""For a GPU, to which small blocks are as dear as large ones; 256 MiB in float32."""
 ROWS = 32
 
 
@@ -36,7 +38,8 @@ class CrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        rows, left_out = max(ROWS, BLOCK_OF_LOGITS // len(weight)), (target == ignored).unsqueeze(1)
+        block = BLOCK_OF_LOGITS.get(hidden.device.type, BLOCK_ELSEWHERE)
+        rows, left_out = max(ROWS, block // len(weight)), (target == ignored).unsqueeze(1)
 
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)

@@ -13,6 +13,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -131,15 +132,25 @@ def _alive(references: list[weakref.ref[InsertedAdapter]]) -> list[InsertedAdapt
 def _unscale(optimizer: torch.optim.Optimizer) -> None:
     """Divides a fused optimizer's gradients by the scale that a GradScaler has left in them."""
     scale = getattr(optimizer, "grad_scale", None)
-    if scale is not None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale.to(parameter.grad.device))
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+    if scale is None:
+        return
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_device.setdefault(parameter.grad.device, []).append(parameter.grad)
+    for device, grads in by_device.items():
+        torch._foreach_div_(grads, scale.to(device, non_blocking=True))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether the step will do nothing: the GradScaler found infinite gradients."""
+    """Returns whether the step will do nothing: the GradScaler found infinite gradients.
+
+    It adds up over devices where it found some, but torch's fused kernels skip a step for 1 alone.
+    """
     found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf > 0)
+    if found_inf is None or not bool(found_inf > 0):
+        return False
+    optimizer.found_inf = found_inf.clamp(max=1)  # type: ignore[attr-defined]
+    return True

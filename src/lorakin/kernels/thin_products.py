@@ -1,0 +1,39 @@
+"""Small parts of the kernels for linear layers: thin products, sums of rows, gains near 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def minus_one(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns g − 1 in `dtype`, computed in the dtype of `gain`; it has no gradient.
+
+    >>> minus_one(torch.tensor([1.001]), torch.bfloat16)
+    tensor([0.0010], dtype=torch.bfloat16)
+    """
+    return torch.sub(gain.detach(), 1, out=torch.empty_like(gain, dtype=dtype))
+
+
+def sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns Σ over the rows of `matrix` (rows, n), (n,), in `dtype`.
+
+    >>> sum_of_rows(torch.ones(3, 2, dtype=torch.bfloat16), torch.float32)
+    tensor([3., 3.])
+    """
+    if matrix.device.type == "cpu":
+        return matrix.sum(0).to(dtype)  # with `dtype`, a CPU would cast the whole matrix first
+    return matrix.sum(0, dtype=dtype)
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Returns scale · leftᵀ·right for left (rows, n) and right (rows, m), in one kernel.
+
+    >>> scaled_product(torch.ones(3, 1), torch.ones(3, 2), 0.5)
+    tensor([[1.5000, 1.5000]])
+    """
+    n, m = left.shape[1], right.shape[1]
+    if left.device.type == "cpu" and n > m:
+        # CPUs take half the time for a product that is wide instead of tall.
+        return scaled_product(right, left, scale).T
+    return left.new_empty(n, m).addmm_(left.T, right, beta=0, alpha=scale)

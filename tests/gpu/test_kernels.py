@@ -114,7 +114,7 @@ CEILINGS = {
     "vera": (6, 9),
     "vera, dropout": (8, 13),
     "dora": (13, 12),
-    "dora, dropout": (31, 24),
+    "dora, dropout": (17, 16),
     "adalora": (4, 8),
     "lora-drop": (3, 5),
     "delta-lora": (8, 9),

@@ -105,11 +105,11 @@ class DropoutByGaps(DropoutDraw):
 
 
 class DropoutByMask(DropoutDraw):
-    """Dropout for GPUs, to which kernels are dear. `entries` is a mask: 1 keeps an entry."""
+    """Dropout for GPUs, to which kernels are dear. `entries` is a mask, true for what is kept."""
 
     def entries(self, like: Tensor) -> Tensor:
         generator = torch.Generator(like.device).manual_seed(self.seed)
-        mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        mask = torch.empty(like.shape, dtype=torch.bool, device=like.device)
         return mask.bernoulli_(1 - self.p, generator=generator)
 
     def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin against PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
+# make gpu        on a machine with a GPU: the tests of tests/gpu, and steps beside PEFT, time and memory
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/evidence/architectures.md (three minutes)
 # make templates  what is learned under every chat template that trl and transformers carry: docs/evidence/templates.md (a minute)
 # make soak       stress tests: 200 kills, 10,000 hostile files, 50,000 reads while others write, members × bases × parallelism (about 40 minutes)
@@ -24,7 +25,7 @@ locked = awk '$$2 == "$(1)" { on = 1 } on; $$2 == "end" { on = 0 }' constraints.
 NEEDS_CUDA := import sys; from importlib.metadata import requires; \
 	sys.exit(not (sys.platform == "linux" and any(line.startswith(("nvidia", "cuda")) for line in requires("torch") or ())))
 
-.PHONY: demo test sentiment family claims interop sweep templates bench soak check docs lock clean
+.PHONY: demo test sentiment family claims interop gpu sweep templates bench soak check docs lock clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
@@ -58,6 +59,10 @@ templates: $(VENV)/.test
 docs: $(VENV)/.docs
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
+
+gpu: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/gpu
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
 
 bench: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --out bench

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks import gpu
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -63,3 +64,11 @@ def test_what_is_unknown_is_named_before_anything_runs(
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_gpus_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main(["tiny", "--device", "cpu", "--rounds", "1"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| " in line]
+    names = [row[0].removeprefix("| ") for row in rows[1:]]
+    assert {"lora", "dora", "PEFT, lora", "PEFT narrow, dora", "lora, `lk.fuse`"} < set(names)
+    assert all(float(row[1].split()[0]) > 0 for row in rows[1:])

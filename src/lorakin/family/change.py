@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lorakin.family.pair import Pair, Shape
@@ -58,10 +59,19 @@ class Chain(NamedTuple):
         """Returns the chain that changes a weight `factor` times as much."""
         return self if factor == 1 else self._replace(outer=factor * self.outer)
 
+    def cut_to(self, shape: Shape) -> Chain:
+        """Returns the chain with the part of its matrices that a weight of `shape` needs."""
+        return self._replace(up=self.up[: shape.outputs], down=self.down[:, : shape.inputs])
+
+    def applied_to(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns diag(outer)·up·diag(inner)·down x for x (…, inputs), in `dtype`."""
+        outer, up, inner, down = (tensor.to(dtype) for tensor in self)
+        return (((x.to(dtype) @ down.T) * inner) @ up.T) * outer
+
     def pair(self, shape: Shape) -> Pair:
         """Returns the same change as a pair, differentiable in the vectors."""
-        up, down = self.up[: shape.outputs], self.down[:, : shape.inputs]
-        return Pair(up=self.outer.unsqueeze(1) * up, down=self.inner.unsqueeze(1) * down)
+        outer, up, inner, down = self.cut_to(shape)
+        return Pair(up=outer.unsqueeze(1) * up, down=inner.unsqueeze(1) * down)
 
 
 Change = LowRank | Chain

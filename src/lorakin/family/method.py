@@ -280,9 +280,14 @@ class Method:
     ) -> ScaledPair | Chain:
         """Returns the change as a `Chain` if it is one and nothing else, or as `scaled_pair`."""
         change = self.parametrisation.change(tensors)
-        if isinstance(change, Chain) and not (self._is_amended or self.has_gain):
+        if isinstance(change, Chain) and self.keeps_form:
             return change
         return self._scaled_pair(change, tensors, shape, weight)
+
+    @property
+    def keeps_form(self) -> bool:
+        """Whether the change has the form that the parametrisation gives it."""
+        return not (self._is_amended or self.has_gain)
 
     def scaled_pair(
         self, tensors: Mapping[str, Tensor], shape: Shape, weight: FrozenWeight

@@ -244,6 +244,14 @@ class Branch(nn.Module):
         dtype = self.current_kind(module).dtype(module, x)
         return self.kind.low_rank_product(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
 
+    def _chain_of(self, module: Any) -> Chain | None:
+        """Returns the change of an nn.Linear if it is a `Chain`, cut to the weight's size."""
+        if self.current_kind(module) is not LinearLayer or not self.method.keeps_form:
+            return None
+        tensors = self.float32_tensors(module.weight.device)
+        change = self.method.parametrisation.change(tensors)
+        return change.cut_to(self.shape).times(self.scale) if isinstance(change, Chain) else None
+
     def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
         """Returns what the adapter adds to the module's output `out`, in the base's dtype.
 
@@ -251,6 +259,9 @@ class Branch(nn.Module):
         """
         attached, kind = attachments_of(module), self.current_kind(module)
         dropped = kind.dropout(x, self.method.dropout, self.training)
+        if torch.compiler.is_compiling() and (chain := self._chain_of(module)) is not None:
+            # A pair would have gradients as large as the frozen matrices.
+            return chain.applied_to(dropped, kind.dtype(module, x))
         pair = self.pair(kind.weight(module))
         change = self.low_rank_term(module, dropped, pair)
         if pair.gain is None:

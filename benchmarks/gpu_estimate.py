@@ -115,7 +115,7 @@ class Costs(KernelCount):
         if func is torch.ops.aten._local_scalar_dense.default:
             tensor, frame = args[0], sys._getframe(1)
             line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            read = Launch("_local_scalar_dense", 1, True, line)
+            read = Launch("_local_scalar_dense", 1, True, (), line)
             # `tolist` reads value by value, but copies once.
             if tensor.is_cuda and not (self.costed and self.costed[-1].launch == read):
                 self.costed.append(CostedLaunch(read, 0, 4))

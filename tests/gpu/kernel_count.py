@@ -52,6 +52,8 @@ class Launch(NamedTuple):
     name: str
     kernels: int
     waits: bool
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the tensors that come out."""
     line: str
     """The innermost line of lorakin that asked for it, such as `family/dora.py:120`."""
 
@@ -88,7 +90,8 @@ class KernelCount(TorchDispatchMode):
             operands, results = list(_tensors((args, kwargs))), list(_tensors(out))
             if any(tensor.is_cuda for tensor in (*operands, *results)):
                 kernels, waits = _cost(name, args, kwargs or {}, results)
-                self.launches.append(Launch(name, kernels, waits, _line()))
+                shapes = tuple(tuple(tensor.shape) for tensor in results)
+                self.launches.append(Launch(name, kernels, waits, shapes, _line()))
         return out
 
 

@@ -59,6 +59,7 @@ def count_step(
     autocast: torch.dtype | None = None,
     bias: bool = False,
     layers: int = LAYERS,
+    before: int = BEFORE,
 ) -> dict[str, KernelCount]:
     """Counts one step of a stack: its forward, its backward and the optimizer's step."""
     model = Stack(layers, WIDTH, bias).to(GPU, dtype)
@@ -66,7 +67,7 @@ def count_step(
     optimizer = adapter.optimizer(lr=1e-3, total_steps=TOTAL_STEPS)
     model.train()
     inputs = torch.randn(TOKENS, WIDTH, device=GPU, dtype=dtype)
-    for _ in range(BEFORE + 1):
+    for _ in range(before + 1):
         counts = {phase: KernelCount() for phase in ("forward", "backward", "step")}
         x = inputs.clone().requires_grad_()
         with (
@@ -95,6 +96,19 @@ def test_a_step_never_waits_for_the_gpu(
 ) -> None:
     counts = count_step(METHODS[method](), dtype, autocast, bias)
     assert [launch for count in counts.values() for launch in count.waits] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_and_backward_can_be_captured(method: str) -> None:
+    """A CUDA graph replays the same kernels on the same shapes; so they must not change."""
+    first, second = (count_step(METHODS[method](), before=BEFORE + more) for more in range(2))
+    for phase in ("forward", "backward"):
+        assert not first[phase].waits
+        once, again = (
+            [(launch.name, launch.shapes) for launch in counts[phase].launches]
+            for counts in (first, second)
+        )
+        assert once == again
 
 
 def kernels_of_a_layer(method: str) -> tuple[float, float]:

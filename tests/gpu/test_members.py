@@ -20,6 +20,7 @@ from gpu.common import (
     MODELS,
     SINGLE,
     STEPS,
+    Stack,
     adapted,
     batch_for,
     moved_from_start,
@@ -60,6 +61,22 @@ def test_a_start_by_data_is_that_of_the_cpu(words: tuple[str, ...]) -> None:
         spaces.append([torch.linalg.qr(pair.down.T.cpu().double()).Q for pair in pairs])
     for on_cpu, on_gpu in zip(*spaces, strict=True):
         torch.testing.assert_close(on_gpu @ on_gpu.T, on_cpu @ on_cpu.T, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_small_gains_have_the_gradients_of_the_cpu(bias: bool) -> None:
+    """With a bias a small gain leaves few digits in what the layer returns."""
+    gradients = []
+    for device in (CPU, GPU):
+        stack = Stack(1, 8, bias).to(device)
+        adapter = moved_from_start(lk.adapt(stack, lk.DoRA(rank=2), "all-linear", seed=0))
+        magnitude = adapter.tensors.branch("layers.0").m
+        with torch.no_grad():
+            magnitude[:3].mul_(1e-4)
+        x = torch.randn(20, 8, generator=torch.Generator().manual_seed(2)).to(device)
+        stack.train()(x).square().sum().backward()
+        gradients.append(magnitude.grad.cpu())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 HOW: dict[str, dict[str, Any]] = {

@@ -167,7 +167,8 @@ class LinearWithPair(torch.autograd.Function):
     The gain's gradient is Σ δ ⊙ (y − b)/g. So the output is kept, which the next layer often keeps
     too. A small gain leaves too few digits in y − b. A CPU then computes again what the gain
     multiplied; a GPU, which would have to wait to learn that a gain is small, keeps it instead of
-    the output where there is a bias.
+    the output where there is a bias. Without a bias the division is as accurate for a small gain as
+    for a large one; only a gain of exactly 0 has no gradient on a GPU.
     """
 
     @staticmethod

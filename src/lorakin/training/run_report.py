@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,7 @@ from lorakin.inject.counts import parameter_counts
 from lorakin.inject.description import count, share
 from lorakin.storage.summary import by_layer
 from lorakin.terminal import labelled, visible
-from lorakin.training import reading
+from lorakin.training import processes, reading
 from lorakin.training.alarms import repeated, warn
 from lorakin.training.batches import Row
 from lorakin.training.evaluate import Evaluation, described
@@ -37,6 +38,10 @@ def show_run(run: PreparedRun) -> None:
     """Shows what will be trained on what, with one example and where its loss is taken."""
     recipe, console = run.recipe, run.console
     console.print(labelled("model  ", _model_line(run)))
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and processes.count() == 1 and run.loaded.model.device.type == "cuda":
+        how = f"accelerate launch --num_processes {gpus} -m lorakin train … uses all"
+        console.print(labelled(f"1 of {gpus} GPUs", f" is used; {how}", "yellow"))
     if twice := repeated(run.train.examples, run.held_out.examples):
         warn(
             console,

@@ -77,7 +77,7 @@ def trainer_of(
         run.adapter,
         held_out,
         model=run.loaded.model,
-        args=transformers.TrainingArguments(**arguments(run)),
+        args=on_one_device(transformers.TrainingArguments(**arguments(run))),
         train_dataset=datasets.Dataset.from_list(run.train.examples),
         eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
@@ -87,6 +87,17 @@ def trainer_of(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def on_one_device(arguments: transformers.TrainingArguments) -> transformers.TrainingArguments:
+    """Keeps a Trainer from wrapping its model in nn.DataParallel, and returns its arguments.
+
+    It does so where it sees several GPUs and was started as one process. That is slower than DDP,
+    needs outputs of one shape on all GPUs, and multiplies the batch size.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def arguments(run: PreparedRun) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -273,8 +273,11 @@ def _measured(
             f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it "
             "starts, and there are none: call adapt(…, probe=batches)"
         )
-    if isinstance(batches, Mapping | torch.Tensor | str):
-        raise SettingError("probe must be a list of batches; give [batch] for a single one")
+    if isinstance(batches, Mapping | torch.Tensor | str) or not isinstance(batches, Iterable):
+        raise SettingError(
+            "probe must be a list of batches, and a single batch [batch]; it is a "
+            f"{type(batches).__name__}"
+        )
     collector = member.collector(modules, placement.methods)
     of = GRADIENTS if GRADIENTS in member.needs else INPUTS
     with _base_alone(model):

@@ -112,6 +112,19 @@ def test_the_examples_do_what_they_say(examples: Any, ids: Tensor) -> None:
     lk.adapt(model, examples.LongestRows(rank=2))
     assert torch.equal(model(ids).logits, before)
 
+    model, seen = tiny_llama(), {}
+    adapter = lk.adapt(model, examples.InputDirections(rank=2), probe=[{"input_ids": ids}])
+    assert torch.equal(model(ids).logits, before)
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, args: seen.update(x=args[0])
+    )
+    model(ids)
+    hook.remove()
+    x = seen["x"].reshape(-1, seen["x"].shape[-1])
+    A = adapter.tensors.branch("model.layers.1.mlp.down_proj").A
+    want = torch.linalg.svd(x).Vh[:2]
+    torch.testing.assert_close(A.T @ A, want.T @ want, rtol=0, atol=1e-4)
+
     def tensors(member: Any) -> dict[str, Tensor]:
         _, adapter = trained(member, ids)
         return dict(adapter.tensors.branch(next(iter(adapter.placement.methods))).tensors())
@@ -291,3 +304,126 @@ def test_a_setting_that_no_file_can_hold_is_refused_at_once(fresh_registry: None
     lk.adapt(tiny_llama(), Odd())
     with pytest.raises(lk.SettingError, match="where"):
         lk.adapt(tiny_llama(), Odd(Path("here")))
+
+
+@dataclass(frozen=True)
+class RankGate(lk.family.Parametrisation):
+    """LoRA with a trained factor for each rank."""
+
+    word: ClassVar[str] = "rank-gate"
+    slots: ClassVar[dict[str, Slot]] = {
+        "A": Slot(("rank", "inputs")),
+        "B": Slot(("outputs", "rank"), starts_at_zero=True),
+        "e": Slot(("rank",)),
+    }
+    rank: int = 4
+    dropout: float = 0.0
+
+    def start(self, module: Any, generator: Any, device: Any) -> dict[str, Tensor]:
+        shape = module.shape
+        A = torch.randn(self.rank, shape.inputs, generator=generator)
+        return {"A": A, "B": torch.zeros(shape.outputs, self.rank), "e": torch.ones(self.rank)}
+
+    def change(self, tensors: Any) -> Any:
+        return lk.family.LowRank(tensors["B"] * tensors["e"], tensors["A"])
+
+
+@pytest.mark.parametrize(
+    "beside", [[], [lk.AdaLoRA(target_rank=2, start=1, finish=2)], [lk.DoRA()]]
+)
+def test_a_pair_with_a_factor_for_each_rank_is_loaded_again(
+    beside: list[Any], fresh_registry: None, ids: Tensor, tmp_path: Path
+) -> None:
+    """A slot of one entry for each rank is no sign that ranks were freed."""
+    lk.register(RankGate)
+    model = tiny_llama()
+    adapter = lk.adapt(model, [RankGate(), *beside], seed=0)
+    optimizer = adapter.optimizer(lr=1e-2, total_steps=6)
+    for _ in range(6):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter.save(tmp_path)
+    again = tiny_llama()
+    lk.load(again, tmp_path)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    adapter.restore(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["a view of the weight", "expanded"])
+def test_what_a_start_returns_is_copied(how: str, fresh_registry: None, ids: Tensor) -> None:
+    """Else training would write into the base, or into memory that entries share."""
+
+    @dataclass(frozen=True)
+    class Careless(RankGate):
+        word: ClassVar[str] = "careless"
+
+        def start(self, module: Any, generator: Any, device: Any) -> dict[str, Tensor]:
+            A = module.weight[: self.rank]
+            if how == "expanded":
+                A = torch.ones(1).expand(self.rank, module.shape.inputs)
+            B = torch.zeros(1, 1).expand(module.shape.outputs, self.rank)
+            return {"A": A, "B": B, "e": torch.ones(self.rank)}
+
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapter = lk.adapt(model, Careless(), "q_proj")
+    optimizer = adapter.optimizer(lr=0.1)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("word", ["", "a,b", "a b", "all", "-x", "A"])
+def test_a_word_that_is_none_is_refused(word: str, fresh_registry: None) -> None:
+    kind = type("Odd", (RankGate,), {"word": word, "decides": RankGate.decides})
+    with pytest.raises(lk.SettingError):
+        lk.register(kind)
+
+
+@pytest.mark.parametrize("needs", [{"activations"}, {"inputs", "gradients"}])
+def test_needs_that_nothing_can_meet_are_refused(needs: set[str]) -> None:
+    with pytest.raises(lk.SettingError):
+        type("Odd", (RankGate,), {"word": "odd", "needs": frozenset(needs)})
+
+
+def test_a_rank_that_does_not_fit_is_refused() -> None:
+    for rank in (0, 1000):
+        with pytest.raises(lk.SettingError):
+            lk.adapt(tiny_llama(), RankGate(rank=rank))
+
+
+def test_a_start_with_nan_is_refused() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(lk.SettingError):
+        lk.adapt(model, lk.DoRA(rank=2), "q_proj")
+
+
+def test_inputs_are_measured_on_each_batch_once(examples: Any, ids: Tensor) -> None:
+    calls = []
+    model = tiny_llama()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    lk.adapt(model, examples.InputDirections(rank=2), probe=[{"input_ids": ids}] * 3)
+    assert len(calls) == 3
+    for probe in (3, [ids], ["a"]):
+        with pytest.raises(lk.SettingError):
+            lk.adapt(tiny_llama(), examples.InputDirections(rank=2), probe=probe)
+
+
+@pytest.mark.parametrize("change", ["tuple", "swapped"])
+def test_a_change_that_is_none_is_refused(change: str) -> None:
+    @dataclass(frozen=True)
+    class Odd(RankGate):
+        word: ClassVar[str] = "odd"
+
+        def change(self, tensors: Any) -> Any:
+            up, down = tensors["B"], tensors["A"]
+            return (up, down) if change == "tuple" else lk.family.LowRank(down.T, up.T)
+
+    with pytest.raises(lk.SettingError):
+        lk.adapt(tiny_llama(), Odd(), "k_proj")

@@ -47,10 +47,9 @@ from lorakin.errors import LorakinWarning
 from lorakin.family.allocation import Allocation, RankSchedule
 from lorakin.family.change import LowRank
 from lorakin.family.linear_algebra import orthonormal_rows
-from lorakin.family.lora import check_rank
 from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
-from lorakin.family.pair import Shape, Tensors
+from lorakin.family.pair import Tensors
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_pair_settings, require, to_number, to_whole_number
 from lorakin.family.slots import Slot, Slots, rank_switch
@@ -69,6 +68,7 @@ class Triplets(Parametrisation):
     in_probe: ClassVar[bool] = False
     per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
     not_compared: ClassVar[frozenset[str]] = frozenset({"kept"})
+    frees_ranks: ClassVar[bool] = True
     test_settings: ClassVar[Mapping[str, Any]] = {"initial_rank": 6}
     slots: ClassVar[Slots] = {
         "P": Slot(("outputs", "rank"), peft="lora_B"),
@@ -94,9 +94,6 @@ class Triplets(Parametrisation):
     def scaling(self) -> float:
         """s, the factor in front of P·Λ·Q; the divisor stays the initial rank's."""
         return self.alpha / (self.initial_rank + 1e-5)
-
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank(self.rank, shape, path)
 
     def clamped(self, largest: int) -> Mapping[str, int]:
         return {"kept": largest} if self.rank > largest else {}

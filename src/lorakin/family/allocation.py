@@ -64,6 +64,8 @@ class Matrix:
         """The slot Λ, whose entries switch triplets off."""
         self.factor_axes = rank_factors(slots)
         """The slots P and Q, and the axis along which each holds its ranks."""
+        self.is_freed = bool(self.factor_axes) and module.method.parametrisation.frees_ranks
+        """Whether its pruned ranks leave the tensors at the end, and are not only zero."""
         self.trained = tuple(slot for slot in (switch, *self.factor_axes) if module.trains(slot))
 
     def factors(self) -> dict[str, nn.Parameter]:
@@ -254,10 +256,10 @@ class Allocation(Rule):
     def _free(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the pruned triplets out of parameters, gradients and optimizer state."""
         assert self.kept is not None
-        self.freed = all(matrix.factor_axes for matrix in self.matrices)
+        self.freed = all(matrix.is_freed for matrix in self.matrices)
         for matrix, kept in zip(self.matrices, self.kept, strict=True):
             tensors = matrix.module.tensors()
-            for slot, axis in matrix.axes.items() if matrix.factor_axes else ():
+            for slot, axis in matrix.axes.items() if matrix.is_freed else ():
                 shrink_in_place(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
         # No later step scores.
         self.sensitivity, self.uncertainty = {}, {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakin.errors import SettingError
+from lorakin.family.change import Chain, LowRank
 from lorakin.family.pair import Shape, Tensors
+from lorakin.family.precision import all_finite
 from lorakin.family.weight import has_no_values
 
 if TYPE_CHECKING:
@@ -37,8 +39,36 @@ def check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) ->
                 f"a tensor {tuple(tensor.shape)} on {path}, which is {shape.outputs} × "
                 f"{shape.inputs}"
             )
+        if not has_no_values(tensor) and not all_finite(tensor):
+            raise SettingError(
+                f"{method.words} starts the slot {name!r} on {path} with NaN or infinity; does the "
+                "base weight, or what was measured, hold some?"
+            )
         if slots[name].starts_at_zero and not has_no_values(tensor) and tensor.any():
             raise SettingError(
                 f"{method.words} declares that its slot {name!r} starts at zero and starts it with "
                 f"other values on {path}; start it with zeros, or declare starts_at_zero=False"
             )
+    _check_change(method, path, shape, tensors)
+
+
+def _check_change(method: Method, path: str, shape: Shape, tensors: Tensors) -> None:
+    """Checks that the pair's change is one of the forms, and fits the weight.
+
+    Raises:
+        SettingError: it is not, or does not.
+    """
+    pair = method.parametrisation
+    change = pair.change(tensors)
+    if isinstance(change, Chain):
+        return
+    if not isinstance(change, LowRank):
+        raise SettingError(
+            f"the change of {pair.word} is a {type(change).__name__}; return a LowRank or a Chain"
+        )
+    got = (*change.up.shape[:1], *change.down.shape[1:])
+    if got != (shape.outputs, shape.inputs) or change.up.shape[1] != len(change.down):
+        raise SettingError(
+            f"the change of {pair.word} on {path} has up {tuple(change.up.shape)} and down "
+            f"{tuple(change.down.shape)}; expected ({shape.outputs}, k) and (k, {shape.inputs})"
+        )

@@ -92,6 +92,10 @@ class EVA(Start):
             return f"{pair_class.word} has no factor of its own on the inputs' side"
         return None
 
+    @property
+    def batches(self) -> int:
+        return MOST_BATCHES
+
     def collector(
         self, modules: Mapping[str, UnadaptedModule], methods: Mapping[str, Method]
     ) -> DirectionCollector:

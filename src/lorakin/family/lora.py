@@ -28,8 +28,8 @@ from lorakin.family.change import LowRank
 from lorakin.family.linear_algebra import orthonormal_rows
 from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Parametrisation
-from lorakin.family.pair import Shape, Tensors
-from lorakin.family.settings import check_pair_settings, one_of, require, to_whole_number
+from lorakin.family.pair import Tensors
+from lorakin.family.settings import check_pair_settings, one_of, to_whole_number
 from lorakin.family.slots import Slot, Slots
 
 INITS = ("kaiming", "gaussian", "orthonormal")
@@ -88,9 +88,6 @@ class LoRA(Parametrisation):
         """s, the factor in front of B·A."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank(self.rank, shape, path)
-
     def start(
         self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
@@ -110,19 +107,3 @@ class LoRA(Parametrisation):
 
     def change(self, tensors: Mapping[str, Tensor]) -> LowRank:
         return LowRank(up=tensors["B"], down=tensors["A"], scale=self.scaling)
-
-
-def check_rank(rank: int, shape: Shape, path: str) -> None:
-    """Checks that the rank is at most the smaller side of the weight of the module at `path`.
-
-    Raises:
-        SettingError: it is higher.
-    """
-    limit = min(shape.outputs, shape.inputs)
-    require(
-        rank <= limit,
-        f"rank {rank} is too high for {path}: its weight is {shape.outputs} × {shape.inputs}, so "
-        f"the rank can be at most {limit}. Lower the rank, give this module its own with "
-        "rank_pattern, leave it out with exclude, or give all such modules the largest rank they "
-        "can have with rank_above='clamp' (--rank-above clamp)",
-    )

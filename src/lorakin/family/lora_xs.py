@@ -24,10 +24,9 @@ from torch import Tensor
 
 from lorakin.family.change import LowRank
 from lorakin.family.linear_algebra import leading_triplets
-from lorakin.family.lora import check_rank
 from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.member import Parametrisation
-from lorakin.family.pair import Shape, Tensors
+from lorakin.family.pair import Tensors
 from lorakin.family.settings import check_pair_settings, to_whole_number
 from lorakin.family.slots import Slot, Slots
 from lorakin.family.weight import has_no_values
@@ -90,9 +89,6 @@ class LoRAXS(Parametrisation):
     def scaling(self) -> float:
         """s, the factor in front of B·R·A."""
         return self.alpha / self.rank
-
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank(self.rank, shape, path)
 
     def start(
         self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device

@@ -22,6 +22,7 @@ INPUTS = "inputs"
 """It looks at its modules' inputs on batches of data, in eval mode."""
 GRADIENTS = "gradients"
 """It looks at the gradients of the loss by its modules' weights, in eval mode."""
+NEEDS = frozenset({WEIGHT, INPUTS, GRADIENTS})
 
 
 class UnadaptedModule(NamedTuple):

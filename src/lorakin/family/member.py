@@ -2,8 +2,7 @@
 
 A *parametrisation* brings the slots of the low-rank pair and says how they change the weight. A
 *modifier* changes how a pair starts, trains, is shared, moves or scales. What happens at optimizer
-steps is a member's `Rule`. `composition.py` puts members together. CONTRIBUTING.md shows four
-members in about ten lines each.
+steps is a member's `Rule`. `composition.py` puts members together. CONTRIBUTING.md has examples.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.change import Change
-from lorakin.family.measure import Collector, UnadaptedModule
+from lorakin.family.measure import GRADIENTS, INPUTS, NEEDS, Collector, UnadaptedModule
 from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.probe import Probe
 from lorakin.family.rule import AdaptedModule, Rule
-from lorakin.family.settings import check_pair_settings, to_whole_number
+from lorakin.family.settings import check_pair_settings, check_rank, to_whole_number
 from lorakin.family.slots import Slots
 from lorakin.family.weight import FrozenWeight
 
@@ -41,7 +40,7 @@ class Member(ABC):
 
     word: ClassVar[str]
     """Its name on the command line, in recipes and in files."""
-    paper: ClassVar[str]
+    paper: ClassVar[str] = ""
     """Title and identifier of the paper."""
     decides: ClassVar[Mapping[str, str]]
     """Axis (see `composition.AXES`) → what it decides there. Two members on one axis conflict."""
@@ -62,6 +61,12 @@ class Member(ABC):
             raise SettingError(
                 f"{cls.__name__} does not say what it decides; give it decides = {{axis: what it "
                 "decides there}, with an axis of lorakin.family.AXES or one of its own"
+            )
+        if (unknown := cls.needs - NEEDS) or {INPUTS, GRADIENTS} <= cls.needs:
+            what = f"an unknown {min(unknown)!r}" if unknown else "both inputs and gradients"
+            raise SettingError(
+                f"{cls.__name__} needs {what}; a member may need {', '.join(sorted(NEEDS))}, but "
+                "not inputs and gradients together"
             )
 
     @property
@@ -125,8 +130,10 @@ class Parametrisation(Member):
     """A member that brings the pair: its slots, their start, and the change they make."""
 
     decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the pair has slots of its own"}
-    learning_rate: ClassVar[float]
+    learning_rate: ClassVar[float] = 2e-4
     """The learning rate that `lorakin train` takes when none is given."""
+    frees_ranks: ClassVar[bool] = False
+    """Whether training may free some of its `initial_rank` ranks; `kept` says how many are left."""
     lookup_slots: ClassVar[Slots | None] = None
     """Its slots on an embedding, whose `inputs` are the vocabulary; None if it cannot adapt one."""
     per_module: ClassVar[frozenset[str]] = frozenset({"rank", "alpha"})
@@ -152,11 +159,14 @@ class Parametrisation(Member):
         return self.lookup_slots if shape.lookup and self.lookup_slots is not None else self.slots
 
     def check(self, shape: Shape, path: str) -> None:
-        """Checks that the settings fit a weight of this shape, that of the module at `path`.
+        """Checks that the settings, by default the rank, fit the weight of the module at `path`.
 
         Raises:
             SettingError: they do not.
         """
+        rank = getattr(self, "rank", None)
+        if rank is not None:
+            check_rank(rank, shape, path, self.largest_rank(shape))
 
     def clamped(self, largest: int) -> Mapping[str, int]:
         """Returns the setting that lowers a module's rank to `largest`; {} if it is not above."""
@@ -258,7 +268,10 @@ class Modifier(Member):
 
     @property
     def batches(self) -> int | None:
-        """How many batches it looks at, at most; None for as many as there are."""
+        """How many batches it looks at, at most; None for each batch once.
+
+        Inputs are measured on the same batches again if there are fewer.
+        """
         return None
 
     def collector(

@@ -19,7 +19,7 @@ from lorakin.family.declared_slots import check_declared
 from lorakin.family.measure import GRADIENTS, INPUTS, UnadaptedModule
 from lorakin.family.member import AMENDING, Member, Modifier, Parametrisation, overrides
 from lorakin.family.pair import Pair, ScaledPair, Shape, Tensors
-from lorakin.family.precision import cast_keeping_shared, wide_dtype
+from lorakin.family.precision import cast_keeping_shared, copied_keeping_shared, wide_dtype
 from lorakin.family.probe import Probe
 from lorakin.family.registry import default_pair
 from lorakin.family.rule import AdaptedModule, Rule
@@ -237,7 +237,8 @@ class Method:
         initial = cast_keeping_shared(initial, dtypes)
         for member in self.modifiers:
             initial = member.amend_start(initial, modules, methods)
-        initial = self.share(initial, modules, methods)
+        # A member may start a tensor as a view of the base weight, or expanded.
+        initial = copied_keeping_shared(self.share(initial, modules, methods))
         for path, tensors in initial.items():
             check_declared(methods[path], path, modules[path].shape, tensors)
         if dtype is not None:

@@ -27,6 +27,19 @@ def widened(tensors: Mapping[str, Tensor]) -> Tensors:
     }
 
 
+def copied_keeping_shared(initial: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """Returns contiguous copies of all modules' tensors; those that were one object still are."""
+    copies: dict[int, Tensor] = {}
+    for tensors in initial.values():
+        for tensor in tensors.values():
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return {
+        path: {slot: copies[id(tensor)] for slot, tensor in tensors.items()}
+        for path, tensors in initial.items()
+    }
+
+
 def cast_keeping_shared(
     tensors: Mapping[str, Tensors], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Tensors]:

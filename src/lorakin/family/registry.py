@@ -14,6 +14,7 @@ A package that brings members names their classes as entry points, so that the c
 
 from __future__ import annotations
 
+import re
 import warnings
 from importlib.metadata import entry_points
 from typing import TypeVar
@@ -24,6 +25,9 @@ from lorakin.family.settings import did_you_mean
 
 GROUP = "lorakin.members"
 """The group of the entry points that name members."""
+
+WORD = re.compile(r"[a-z][a-z0-9+-]*")
+RESERVED = ("all",)
 
 M = TypeVar("M", bound=type[Member])
 _MEMBERS: dict[str, type[Member]] = {}
@@ -38,7 +42,7 @@ def register(member: M) -> M:
     True
 
     Raises:
-        SettingError: it is not a member, or its word belongs to another member.
+        SettingError: it is not a member, its word belongs to another member, or is no word.
     """
     if not (
         isinstance(member, type)
@@ -46,6 +50,12 @@ def register(member: M) -> M:
         and isinstance(getattr(member, "word", None), str)
     ):
         raise SettingError(f"expected a class of Member that has a word, not {member!r}")
+    if not WORD.fullmatch(member.word) or member.word in RESERVED:
+        raise SettingError(
+            f"{member.__qualname__} cannot have the word {member.word!r}: a word begins with a "
+            "small letter and has small letters, digits, + and -; --method splits at commas, and "
+            "'all' means all members"
+        )
     holder = _MEMBERS.setdefault(member.word, member)
     if (holder.__module__, holder.__qualname__) != (member.__module__, member.__qualname__):
         where = f"{holder.__module__}.{holder.__qualname__}"

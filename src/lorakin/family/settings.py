@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeGuard
 
 from lorakin.errors import SettingError
+from lorakin.family.pair import Shape
 
 LARGEST_FLOAT32 = 3.4e38
 """The largest number of float32, in which adapters are computed."""
@@ -123,3 +124,19 @@ def one_of(settings: object, name: str, words: Sequence[str]) -> None:
     """
     value = getattr(settings, name)
     require(value in words, f"{name} must be {' or '.join(map(repr, words))}, not {value!r}")
+
+
+def check_rank(rank: int, shape: Shape, path: str, largest: int) -> None:
+    """Checks that a rank is at least 1 and at most `largest` on the module at `path`.
+
+    Raises:
+        SettingError: it is not.
+    """
+    require(rank >= 1, f"rank {rank} of {path} is not at least 1")
+    require(
+        rank <= largest,
+        f"rank {rank} is too high for {path}: its weight is {shape.outputs} × {shape.inputs}, so "
+        f"the rank can be at most {largest}. Lower the rank, give this module its own with "
+        "rank_pattern, leave it out with exclude, or give all such modules the largest rank they "
+        "can have with rank_above='clamp' (--rank-above clamp)",
+    )

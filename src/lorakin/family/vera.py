@@ -94,6 +94,9 @@ class VeRA(Parametrisation):
         # Its ranks cost little, so it keeps its own rank. It has no alpha.
         return {"rank": None, "alpha": None}
 
+    def check(self, shape: Shape, path: str) -> None:
+        """Checks nothing: its rank may exceed the weight's sides, as the paper's does."""
+
     def start_all(
         self,
         modules: Mapping[str, UnadaptedModule],

@@ -47,8 +47,8 @@ def measure(
 ) -> None:
     """Shows a collector the inputs or the gradients of linear modules on batches of data.
 
-    For inputs the batches are run again and again, until the collector says that it has seen
-    enough. For gradients they are run once.
+    Inputs are measured until the collector says that it has seen enough: on the batches once, or on
+    `max_batches`, for which they are run again if there are fewer. For gradients they are run once.
 
     Args:
         model: as it is, adapters in use included; nothing in it changes.
@@ -68,9 +68,16 @@ def measure(
     check_linear(model, paths)
     if not batches:
         raise SettingError("there are no batches to measure on; give at least one")
+    for number, batch in enumerate(batches):
+        if loss is None and not isinstance(batch, Mapping):
+            raise SettingError(
+                f"batch {number} to measure on is a {type(batch).__name__}, not a mapping that the "
+                "model takes as keywords; or give loss="
+            )
     if of == INPUTS:
         with watching(model, paths, _to_collector(collector)) as begin, torch.no_grad():
-            for batch in itertools.islice(itertools.cycle(batches), max_batches):
+            limit = len(batches) if max_batches is None else max_batches
+            for batch in itertools.islice(itertools.cycle(batches), limit):
                 begin(batch)
                 _run(model, batch, loss)
                 if collector.end_batch():

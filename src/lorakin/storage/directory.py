@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning
+from lorakin.family import Member, members
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.trainable_tokens import ids_at
 from lorakin.storage import atomic, card, json_files, lorakin_part, tokenizer_fingerprint
@@ -107,6 +108,18 @@ class AdapterFiles:
             raise error
 
 
+def _warn_of_unregistered(method_members: Iterable[Member]) -> None:
+    known = {(kind.__module__, kind.__qualname__) for kind in members()}
+    for kind in (type(member) for member in method_members):
+        if (kind.__module__, kind.__qualname__) not in known:
+            warnings.warn(
+                f"{kind.__qualname__} is not registered, so nobody can load this adapter: decorate "
+                "the class with lorakin.register, or name it among its package's entry points",
+                LorakinWarning,
+                stacklevel=3,
+            )
+
+
 def save(
     adapter: InsertedAdapter,
     path: Path,
@@ -122,6 +135,7 @@ def save(
         OutputError: it cannot be written; an adapter that was there is intact.
     """
     adapter.tensors.check_sizes()
+    _warn_of_unregistered(adapter.method.members)
     document = Document.of(adapter)
     peft = peft_files_of(document, adapter.model)
     peft_format = peft.peft_format

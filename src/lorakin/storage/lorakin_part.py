@@ -64,7 +64,8 @@ class MemberEntry:
             if self.package is not None:
                 raise SettingError(
                     f"{self.member!r} is a member of the package {self.package!r}, which is not "
-                    f"installed here: pip install {self.package}"
+                    f"installed here (pip install {self.package}), or does not name it among its "
+                    "entry points of lorakin.members"
                 )
             raise SettingError(
                 f"this version has no member {self.member!r}. If it is your own, import the module "

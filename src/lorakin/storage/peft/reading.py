@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import Method, UnadaptedModule
-from lorakin.family.slots import rank_factors, rank_switch
+from lorakin.family.slots import rank_switch
 from lorakin.inject.placement import Placement, placement_with_patterns
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.lorakin_part import LorakinPart
@@ -237,9 +237,8 @@ def _with_ranks_kept(
     placement: Placement, read: ReadFiles, slots: Mapping[str, Slots]
 ) -> Placement:
     """Returns the placement with the ranks that modules have left if training pruned some."""
-    declared = placement.method.parametrisation.slots
-    switch = rank_switch(declared)
-    if switch is None or not rank_factors(declared):
+    switch = rank_switch(placement.method.parametrisation.slots)
+    if switch is None or not placement.method.parametrisation.frees_ranks:
         return placement
     patterns, name = read.config.get("rank_pattern") or {}, read.peft_format.slots.get(switch)
     methods = {}

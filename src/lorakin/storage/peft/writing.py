@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakin.family.slots import rank_factors, rank_switch
+from lorakin.family.slots import rank_switch
 from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import module_at
 from lorakin.inject.attachments import base_state
@@ -172,7 +172,7 @@ def _settings(document: Document, peft_format: PeftFormat) -> dict[str, Any]:
         if pattern:
             config[field] = {key: int_if_whole(value) for key, value in pattern.items()}
     switch = rank_switch(peft_format.pair_slots)
-    if switch is not None and rank_factors(peft_format.pair_slots):
+    if switch is not None and method.parametrisation.frees_ranks:
         kept = _ranks_kept(document, peft_format, switch)
         config |= {"rank_pattern": kept} if kept else {}
     return config

@@ -164,6 +164,14 @@ def importance(
     in eval mode and removed; the model is as it was before. LoRA-drop (arXiv 2402.07721) has
     I_k = g_k / Σ g with g_k = Σ ‖s·B_k A_k x‖² over the tokens x that are not padding.
 
+    >>> import lorakin as lk, transformers
+    >>> config = transformers.GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1, n_positions=4)
+    >>> model, ids = transformers.GPT2LMHeadModel(config), torch.tensor([[1, 2, 3]])
+    >>> member = lk.LoRADrop(rank=1, keep=1, probe_epochs=1)
+    >>> shares = lk.importance(model, member, [{"input_ids": ids, "labels": ids}])
+    >>> len(shares), round(sum(shares.values()), 3)
+    (4, 1.0)
+
     Args:
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.

@@ -174,7 +174,15 @@ def convert(
     It reads loralib, torchtune, mlx-lm and LyCORIS/kohya; `lorakin.storage.foreign` has the names
     and the scale of each.
 
-        lk.convert(model, "adapter_0.pt", alpha=16)
+    >>> import tempfile, torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    >>> tensors = {"0.lora_A": torch.ones(1, 3), "0.lora_B": torch.ones(2, 1)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save(tensors, f"{folder}/lora.pt")
+    ...     converted = lk.convert(model, f"{folder}/lora.pt", alpha=1)
+    >>> converted.format, model[0].lorakin.default.A
+    ('loralib', Parameter containing:
+    tensor([[1., 1., 1.]]))
 
     Args:
         model: the adapter's base.

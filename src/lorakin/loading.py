@@ -28,6 +28,16 @@ def load(
 
     PEFT: `PeftModel.from_pretrained`, `load_adapter`.
 
+    >>> import tempfile, torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=1, init="gaussian"))
+    >>> _ = torch.nn.init.ones_(model[0].lorakin.default.B)  # as training might have
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = adapter.save(folder)
+    ...     adapter.remove()
+    ...     lk.load(model, path).method.words
+    'lora'
+
     Args:
         model: the base model that the adapter was trained on.
         path: the adapter's directory, or, if there is none of that name, a hub id, `org/name`.

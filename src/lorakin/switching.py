@@ -15,7 +15,14 @@ from lorakin.inject.model_registry import adapters_in, root_of
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Returns the adapters in `model`, by name (PEFT: `peft_config`)."""
+    """Returns the adapters in `model`, by name (PEFT: `peft_config`).
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=1), name="french")
+    >>> list(lk.adapters(model))
+    ['french']
+    """
     return {
         name: adapter
         for name, adapter in adapters_in(root_of(model)).items()
@@ -28,6 +35,13 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
 
     PEFT: `merge_and_unload`. For one adapter this is `adapter.merge(permanent=True)`. Several DoRAs
     must be merged together: each gain is over the base's weight, which merging one would change.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> one, two = (lk.adapt(model, lk.LoRA(rank=1), name=name) for name in ("one", "two"))
+    >>> lk.merge(model, ["one", "two"])
+    >>> type(model[0]), lk.adapters(model)
+    (<class 'torch.nn.modules.linear.Linear'>, {})
 
     Raises:
         SettingError: an unknown name.
@@ -42,6 +56,13 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """Makes exactly these adapters the active ones. Several add up; `[]` leaves the base alone.
 
     No `requires_grad` changes. PEFT: `set_adapter`.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> one, two = (lk.adapt(model, lk.LoRA(rank=1), name=name) for name in ("one", "two"))
+    >>> lk.activate(model, "one")
+    >>> one.is_active, two.is_active
+    (True, False)
 
     Raises:
         SettingError: an unknown name, or two adapters that both train the same module whole or
@@ -65,6 +86,14 @@ def mixed_batch(
     In inference the adapters' tensors are read at the first call, so do not change them inside the
     block. Blocks nest, in one thread at a time. For training, the backward pass must be inside too.
     Modules must have the batch as their first dimension.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> one, two = (lk.adapt(model, lk.LoRA(rank=1), name=name) for name in ("one", "two"))
+    >>> import torch
+    >>> with torch.no_grad(), lk.mixed_batch(model, ["one", None, "two"]):
+    ...     model(torch.ones(3, 3)).shape
+    torch.Size([3, 2])
 
     Args:
         model: holds the adapters, none of them merged.

@@ -20,7 +20,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def widened(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Returns the tensors in float32, those in float64 as they are: pairs are computed in these."""
+    """Returns the tensors in float32, those in float64 as they are: pairs are computed in these.
+
+    >>> widened({"A": torch.ones(1, dtype=torch.bfloat16)})["A"].dtype
+    torch.float32
+    """
     wide = (torch.float32, torch.float64)
     return {
         slot: t if t.dtype in wide else t.to(wide_dtype(t.dtype)) for slot, t in tensors.items()
@@ -58,6 +62,9 @@ def all_finite(tensor: Tensor) -> bool:
     """Returns whether a tensor holds neither NaN nor infinity.
 
     Only its extremes are tested, which is much faster than testing every element.
+
+    >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, float("nan")]))
+    (True, False)
     """
     return not tensor.numel() or all(
         bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)

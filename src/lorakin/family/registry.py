@@ -67,7 +67,11 @@ def register(member: M) -> M:
 
 
 def members() -> tuple[type[Member], ...]:
-    """Returns all members, lorakin's own first, in the order of the family."""
+    """Returns all members, lorakin's own first, in the order of the family.
+
+    >>> [member.word for member in members()][:3]
+    ['lora', 'lora+', 'lora-fa']
+    """
     global _entry_points_loaded
     if not _entry_points_loaded:
         _entry_points_loaded = True

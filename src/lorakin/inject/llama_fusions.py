@@ -134,6 +134,15 @@ def _saves_memory(x: Any, weight: Tensor) -> bool:
 def fuse(model: nn.Module) -> int:
     """Replaces the norms, gated activations and head of `model` by versions that keep less memory.
 
+    >>> import lorakin as lk, transformers
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1,
+    ...     num_attention_heads=1)
+    >>> model = transformers.LlamaForCausalLM(config)
+    >>> lk.fuse(model)  # three norms, a gated MLP and the head
+    5
+    >>> lk.unfuse(model)
+
     Returns:
         how many modules were replaced.
 
@@ -162,6 +171,10 @@ def fuse(model: nn.Module) -> int:
 
 def unfuse(model: nn.Module) -> None:
     """Gives the modules that `fuse` changed their own classes back.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> lk.unfuse(model)  # there is nothing to do
 
     Raises:
         StateError: an adapter was put on one of them since.

@@ -38,6 +38,14 @@ def reference(model: nn.Module) -> nn.Module:
     base when it is called and in `generate`; its parts, as `reference.model`, are the adapted
     model's, and so is its mode.
 
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    >>> x, base = torch.ones(1, 3), model(torch.ones(1, 3))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=1))
+    >>> _ = torch.nn.init.ones_(model[0].lorakin.default.B)  # as training might have
+    >>> torch.equal(lk.reference(model)(x), base), torch.equal(model(x), base)
+    (True, False)
+
     Raises:
         SettingError: there are no adapters in it.
     """

@@ -12,7 +12,7 @@ import lorakin as lk
 from gpu.common import GPU, adapted
 from gpu.test_two_gpus import llama, spread_before
 
-WORDS = [("lora",), ("lora+",), ("lora-fa",), ("vera",), ("dora",), ("adalora",), ("delta-lora",)]
+WORDS = [("lora",), ("dora",), ("adalora",), ("delta-lora",)]
 STEPS = 8
 OVERFLOWS = {1: "the last tensor", 3: "all tensors"}
 

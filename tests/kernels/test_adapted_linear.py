@@ -17,6 +17,7 @@ import lorakin as lk
 from conftest import randomise, tiny_llama
 from family.problem import saved_bytes
 from lorakin.inject.attachments import base_parameters
+from lorakin.kernels.adapted_linear import LinearWithPair
 from lorakin.kernels.dropout import DropoutByGaps, DropoutByMask, DropoutDraw
 
 METHODS: dict[str, Any] = {
@@ -310,11 +311,16 @@ def test_each_module_draws_its_own_mask_and_a_seed_draws_it_again() -> None:
 def test_the_inputs_gradient_passes_where_the_input_was_kept(kind: type[DropoutDraw]) -> None:
     torch.manual_seed(3)
     drop = kind(0.3, seed=5)
-    delta, weight, up, down = (torch.randn(s).double() for s in ((7, 6), (6, 9), (6, 2), (2, 9)))
+    shapes = ((7, 6), (6, 9), (6, 2), (2, 9), (7, 9))
+    delta, weight, up, down, x = (torch.randn(shape).double() for shape in shapes)
     kept = drop.zeroed(torch.ones(7, 9, dtype=torch.float64))
     want = delta @ weight + 0.5 * (delta @ up @ down) * kept
-    for entries in (None, drop.entries(want)):
-        got = drop.input_gradient(delta, weight, delta @ up, down, 0.5, entries)
+    x.requires_grad_()
+    for down_trains in (False, True):
+        down.requires_grad_(down_trains)
+        # The kernel's scale leaves out what the kept entries are multiplied by.
+        y = LinearWithPair.apply(x, weight, None, up, down, None, 0.5 / drop.scale, drop)
+        (got,) = torch.autograd.grad(y, x, delta)
         torch.testing.assert_close(got, want)
 
 

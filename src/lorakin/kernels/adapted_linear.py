@@ -256,7 +256,9 @@ class LinearWithPair(torch.autograd.Function):
             if drop is None:
                 for_x = (delta @ weight).addmm_(back, down, alpha=scale)
             else:
-                for_x = drop.input_gradient(delta, weight, back, down, scale, dropped)
+                through = delta.new_empty(len(delta), weight.shape[1])
+                through.addmm_(back, down, beta=0, alpha=scale)
+                for_x = drop.zeroed(through, dropped).addmm_(delta, weight)
             for_x = for_x.view(*grad.shape[:-1], weight.shape[1])
         return for_x, for_weight, for_bias, for_up, for_down, for_gain, None, None
 

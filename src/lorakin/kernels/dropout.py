@@ -44,21 +44,6 @@ class DropoutDraw(abc.ABC):
     def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
         """Returns a copy of `x` with zeros at the dropped entries; nothing is scaled."""
 
-    @abc.abstractmethod
-    def input_gradient(
-        self,
-        delta: Tensor,
-        weight: Tensor,
-        back: Tensor,
-        down: Tensor,
-        scale: float,
-        entries: Tensor | None,
-    ) -> Tensor:
-        """Computes the gradient of x: delta·weight, plus scale · back·down where x was not dropped.
-
-        Shapes: delta (rows, outputs), weight (outputs, inputs), back (rows, k), down (k, inputs).
-        """
-
 
 class DropoutByGaps(DropoutDraw):
     """Dropout for CPUs, to which random numbers are dear.
@@ -86,23 +71,6 @@ class DropoutByGaps(DropoutDraw):
         flat.index_fill_(0, positions, 0)
         return zeroed
 
-    def input_gradient(
-        self,
-        delta: Tensor,
-        weight: Tensor,
-        back: Tensor,
-        down: Tensor,
-        scale: float,
-        entries: Tensor | None,
-    ) -> Tensor:
-        flat = delta.new_empty(len(delta) * weight.shape[1] + 1)
-        product = torch.mm(delta, weight, out=flat[:-1].view(len(delta), weight.shape[1]))
-        positions = self.entries(product) if entries is None else entries
-        at_dropped = flat[positions]
-        product.addmm_(back, down, alpha=scale)
-        flat[positions] = at_dropped
-        return product
-
 
 class DropoutByMask(DropoutDraw):
     """Dropout for GPUs, to which kernels are dear. `entries` is a mask, true for what is kept."""
@@ -114,20 +82,6 @@ class DropoutByMask(DropoutDraw):
 
     def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
         return x * (self.entries(x) if entries is None else entries)
-
-    def input_gradient(
-        self,
-        delta: Tensor,
-        weight: Tensor,
-        back: Tensor,
-        down: Tensor,
-        scale: float,
-        entries: Tensor | None,
-    ) -> Tensor:
-        product = delta @ weight
-        mask = self.entries(product) if entries is None else entries
-        through_pair = torch.empty_like(product).addmm_(back, down, beta=0, alpha=scale)
-        return product.addcmul_(through_pair, mask)
 
 
 class DroppedProduct(torch.autograd.Function):

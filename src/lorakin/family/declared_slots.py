@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lorakin.errors import SettingError
@@ -39,17 +40,31 @@ def check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) ->
                 f"a tensor {tuple(tensor.shape)} on {path}, which is {shape.outputs} × "
                 f"{shape.inputs}"
             )
-        if not has_no_values(tensor) and not all_finite(tensor):
-            raise SettingError(
-                f"{method.words} starts the slot {name!r} on {path} with NaN or infinity; does the "
-                "base weight, or what was measured, hold some?"
-            )
         if slots[name].starts_at_zero and not has_no_values(tensor) and tensor.any():
             raise SettingError(
                 f"{method.words} declares that its slot {name!r} starts at zero and starts it with "
                 f"other values on {path}; start it with zeros, or declare starts_at_zero=False"
             )
     _check_change(method, path, shape, tensors)
+
+
+def check_finite(method: Method, initial: Mapping[str, Tensors]) -> None:
+    """Checks that no tensor of any module starts with NaN or infinity; shared ones once.
+
+    Raises:
+        SettingError: one does.
+    """
+    seen: set[int] = set()
+    for path, tensors in initial.items():
+        for name, tensor in tensors.items():
+            if id(tensor) in seen or has_no_values(tensor):
+                continue
+            seen.add(id(tensor))
+            if not all_finite(tensor):
+                raise SettingError(
+                    f"{method.words} starts the slot {name!r} on {path} with NaN or infinity; does "
+                    "the base weight, or what was measured, hold some?"
+                )
 
 
 def _check_change(method: Method, path: str, shape: Shape, tensors: Tensors) -> None:

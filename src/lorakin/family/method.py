@@ -15,7 +15,7 @@ from lorakin.errors import SettingError
 from lorakin.family.agreement import difference
 from lorakin.family.change import Chain, Change, LowRank
 from lorakin.family.composition import composed
-from lorakin.family.declared_slots import check_declared
+from lorakin.family.declared_slots import check_declared, check_finite
 from lorakin.family.measure import GRADIENTS, INPUTS, UnadaptedModule
 from lorakin.family.member import AMENDING, Member, Modifier, Parametrisation, overrides
 from lorakin.family.pair import Pair, ScaledPair, Shape, Tensors
@@ -241,6 +241,7 @@ class Method:
         initial = copied_keeping_shared(self.share(initial, modules, methods))
         for path, tensors in initial.items():
             check_declared(methods[path], path, modules[path].shape, tensors)
+        check_finite(self, initial)
         if dtype is not None:
             initial = cast_keeping_shared(initial, dict.fromkeys(initial, dtype))
         return initial

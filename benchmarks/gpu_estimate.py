@@ -24,7 +24,7 @@ import gpu.pretended  # noqa: F401, I001 - before torch
 import peft
 import torch
 import transformers
-from gpu.kernel_count import KernelCount, Launch
+from gpu.kernel_count import KernelCount, Launch, tensors
 from gpu.test_kernels import LAYERS, METHODS, WIDTH, Stack, count_step, kernels_of_a_layer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -129,20 +129,10 @@ class Costs(KernelCount):
             operations = 0
             if packet in flop_registry:
                 operations = int(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
-            moved = sum(t.numel() * t.element_size() for t in _on_gpu((args, kwargs or {}, out)))
+            on_gpu = (t for t in tensors((args, kwargs or {}, out)) if t.is_cuda)
+            moved = sum(t.numel() * t.element_size() for t in on_gpu)
             self.costed.append(CostedLaunch(self.launches[-1], operations, moved))
         return out
-
-
-def _on_gpu(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_cuda:
-            yield value
-    elif isinstance(value, dict):
-        yield from _on_gpu(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _on_gpu(inner)
 
 
 class OneKernelAttention(torch.autograd.Function):

@@ -75,6 +75,26 @@ def moved_from_start(adapter: lk.Adapter) -> lk.Adapter:
     return adapter
 
 
+def losses_of(
+    called: Any,
+    adapter: lk.Adapter,
+    batch: dict[str, Tensor],
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    lr: float = 1e-3,
+) -> list[float]:
+    """Trains for `STEPS` steps, and returns the losses; `called` is the model or wraps it."""
+    optimizer = adapter.optimizer(kind, lr=lr, total_steps=STEPS)
+    called.train()
+    losses = []
+    for _ in range(STEPS):
+        loss = called(**batch).loss.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 class Stack(nn.Module):
     """Linear layers one after another: what a step costs is the layers' cost."""
 
@@ -91,5 +111,5 @@ class Stack(nn.Module):
 
 __all__ = [
     "CPU", "GPU", "LEGAL", "MODELS", "SINGLE", "STARTS", "STEPS", "KernelCount", "Stack",
-    "adapted", "batch_for", "members", "moved_from_start", "without_dropout",
+    "adapted", "batch_for", "losses_of", "members", "moved_from_start", "without_dropout",
 ]  # fmt: skip

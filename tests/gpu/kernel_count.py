@@ -87,7 +87,7 @@ class KernelCount(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket._qualified_op_name.split("::")[-1]
         if not func.is_view and name not in NOTHING and func.namespace != "prim":
-            operands, results = list(_tensors((args, kwargs))), list(_tensors(out))
+            operands, results = list(tensors((args, kwargs))), list(tensors(out))
             if any(tensor.is_cuda for tensor in (*operands, *results)):
                 kernels, waits = _cost(name, args, kwargs or {}, results)
                 shapes = tuple(tuple(tensor.shape) for tensor in results)
@@ -119,7 +119,7 @@ def _cost(
 
 
 def _cost_of_index(name: str, args: Sequence[Any]) -> tuple[int, bool]:
-    indices = list(_tensors(args[1]))
+    indices = list(tensors(args[1]))
     if any(index.device.type == "cpu" and index.dim() for index in indices):
         return 2, True
     if not any(index.dtype in (torch.bool, torch.uint8) for index in indices):
@@ -143,14 +143,15 @@ def multi_tensor_launches(tensors: Sequence[Tensor], lists: int) -> int:
     return launches + bool(held or chunks)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors of an operation's arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors(list(value.values()))
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _tensors(inner)
+            yield from tensors(inner)
 
 
 def _line() -> str:

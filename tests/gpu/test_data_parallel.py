@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpu.common import GPU, SINGLE, STEPS, adapted
+from gpu.common import GPU, SINGLE, adapted, losses_of
 from gpu.test_two_gpus import llama
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -18,15 +18,6 @@ def test_it_trains_as_one_gpu_does(words: tuple[str, ...]) -> None:
     for parallel in (False, True):
         model = llama()
         adapter, batch = adapted(model, words, GPU)
-        optimizer = adapter.optimizer(torch.optim.SGD, lr=1e-2, total_steps=STEPS)
-        model.train()
         called = nn.DataParallel(model) if parallel else model
-        of_run = []
-        for _ in range(STEPS):
-            loss = called(**batch).loss.mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            of_run.append(loss.item())
-        losses.append(of_run)
+        losses.append(losses_of(called, adapter, batch, torch.optim.SGD, lr=1e-2))
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)

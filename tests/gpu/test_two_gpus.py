@@ -23,6 +23,7 @@ from gpu.common import (
     STEPS,
     adapted,
     batch_for,
+    losses_of,
     members,
     moved_from_start,
 )
@@ -78,21 +79,6 @@ def spread_after(words: tuple[str, ...]) -> tuple[Any, lk.Adapter, dict[str, tor
 
 
 WAYS: dict[str, Callable[..., Any]] = {"adapted then spread": spread_after, "spread": spread_before}
-
-
-def losses_of(
-    model: Any, adapter: lk.Adapter, batch: dict[str, torch.Tensor], **options: Any
-) -> list[float]:
-    optimizer = adapter.optimizer(lr=1e-3, total_steps=STEPS, **options)
-    model.train()
-    losses = []
-    for _ in range(STEPS):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize("way", WAYS)

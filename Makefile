@@ -92,6 +92,7 @@ $(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt models.txt
 
 $(VENV)/.test: $(VENV)/.train
 	$(call locked,test)
+	if [ "$$(uname)" = Linux ]; then $(call locked,kernels); fi
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.test

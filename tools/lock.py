@@ -8,6 +8,7 @@ The sections are what the Makefile installs one after another, each with --no-de
 - cpu: torch's build for the CPU, as this machine is served it; other indexes than PyPI have it
 - torch: PyPI's torch, where there is no other
 - cuda: what that torch needs on Linux in addition
+- kernels: what the kernels of the GPU's tests need on Linux, with the Triton that this torch needs
 - test: what the tests need in addition
 - docs: what `make docs` needs in addition
 - deepspeed: for `make soak`, if it can be built
@@ -211,6 +212,9 @@ def main() -> None:
         for name, version in needed(["lorakin[docs]"]).items()
         if name not in train and name not in test
     }
+    kernels = {
+        name: version for name, version in needed(["lorakin[gpu]"]).items() if name not in train
+    }
     del train["lorakin"]
     torch = train.pop("torch")
     version, digest = served(f"torch=={torch}")
@@ -218,12 +222,15 @@ def main() -> None:
         sys.exit(
             f"pip takes torch {version} here; make the lock where it is served a build for the CPU"
         )
+    cuda = cuda_of(torch)
+    kernels["triton"] = cuda["triton"]
     parts = [
         HEAD,
         section("train", train),
         lines("cpu", {f"torch=={version}": [digest]}),
         section("torch", {"torch": torch}),
-        section("cuda", cuda_of(torch)),
+        section("cuda", cuda),
+        section("kernels", kernels),
         section("test", test),
         section("docs", docs),
         section("deepspeed", DEEPSPEED),

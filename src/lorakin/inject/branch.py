@@ -15,7 +15,7 @@ from lorakin.inject.attachments import BIAS, attachments_of
 from lorakin.inject.cast_tensors import CastTensors
 from lorakin.inject.layer_kinds import LayerKind, LinearLayer, kind_of
 from lorakin.kernels.adapted_linear import CastPair, LinearChange
-from lorakin.kernels.autograd import PLAIN_TYPES, Copied, Version
+from lorakin.kernels.autograd import PLAIN_TYPES, Copied, Version, is_capturing
 
 
 def slot_trains(slot: Slot, tensor: Tensor) -> bool:
@@ -168,7 +168,9 @@ class Branch(nn.Module):
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        if for_inference and (kept := self._pair_kept_over(weight)) is not None:
+        # A graph that read the kept pair would go on reading it when the adapter has other values.
+        may_keep = for_inference and not is_capturing()
+        if may_keep and (kept := self._pair_kept_over(weight)) is not None:
             return kept
 
         self._kept_pair = None
@@ -181,7 +183,8 @@ class Branch(nn.Module):
         if isinstance(change, Chain) or not for_inference:
             return change
         pair = CastPair.of(*change, weight.dtype)
-        self._keep_pair(weight, pair)
+        if may_keep:
+            self._keep_pair(weight, pair)
         return pair
 
     def scaled_pair(self, tensors: Mapping[str, Tensor], weight: Tensor) -> ScaledPair:

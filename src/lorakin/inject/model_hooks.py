@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorakin.errors import StateError
 from lorakin.inject import threads
+from lorakin.kernels.autograd import is_capturing
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -100,8 +101,11 @@ class ModelHooks:
         for module in self.checkpointing:
             if module.gradient_checkpointing:
                 _let_gradients_pass(module)
+        captured = is_capturing()
         for adapter in self.adapters.values():
             adapter.run.before_backward()
+            if captured and adapter.effect.is_active:
+                adapter.run.is_captured()
 
     def end_of_forward(self, model: nn.Module, args: Any, out: Any) -> None:
         """Ends what `__call__` began; a hook that also runs after a forward that failed."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError, some
 from lorakin.family import Method, Rule
-from lorakin.inject.adapted import attachments_at
+from lorakin.inject.adapted import attachments_at, module_at
 from lorakin.inject.branch import Branch
 from lorakin.inject.part import Part
 from lorakin.inject.placed_module import PlacedModule
+from lorakin.kernels.autograd import is_capturing
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -57,6 +58,7 @@ class AdapterRun(Part):
         self.rate_factors: dict[float, int] = {}
         self.warned_of_rates = False
         self._state: Mapping[str, Any] | None = None
+        self._in_graph: list[int] | None = None
 
     @property
     def method(self) -> Method:
@@ -102,8 +104,28 @@ class AdapterRun(Part):
         for callback in CALLBACKS:
             callback.before_backward(self.adapter)
 
+    def is_captured(self) -> None:
+        """Remembers that a CUDA graph captures a forward, and so where its tensors are now."""
+        self._in_graph = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        weights = (module_at(self.model, path)._parameters for path in self.placement.methods)
+        tensors = [t for of_module in weights if (t := of_module.get("weight")) is not None]
+        tensors += (parameter for _, parameter in self.adapter.tensors.named_parameters())
+        return [tensor.data_ptr() for tensor in tensors]
+
     def before_step(self) -> None:
-        """Runs what members do before a step, when gradients are complete."""
+        """Runs what members do before a step, when gradients are complete.
+
+        Raises:
+            StateError: a CUDA graph captures the step, whose replays would leave that out.
+        """
+        if self.rules and is_capturing():
+            raise StateError(
+                f"a CUDA graph captures the optimizer's step, but its replays run no Python, so "
+                f"what {self.method.words} does at steps would happen once. Capture the forward "
+                "and the backward, and call optimizer.step() after each replay"
+            )
         if not self._stepped:
             for callback in CALLBACKS:
                 callback.before_first_step(self.adapter)
@@ -145,6 +167,15 @@ class AdapterRun(Part):
         self.steps, self._stepped, self._state = self.steps + 1, True, None
         for rule in self.rules or ():
             rule.after(self.steps, optimizer)
+        if self._in_graph is not None and self._in_graph != self._addresses():
+            self._in_graph = None
+            warnings.warn(
+                f"after step {self.steps} {self.method.words} has other tensors than the CUDA "
+                "graph that captured its forward, which goes on with the old ones: capture it "
+                "again",
+                LorakinWarning,
+                stacklevel=2,
+            )
 
     def state(self) -> dict[str, Any]:
         """Returns how far training has come, for `restore_state`: nested dicts and lists."""

@@ -28,6 +28,20 @@ def runs_eagerly() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
+def is_capturing() -> bool:
+    """Returns whether a CUDA graph captures what is computed now.
+
+    Replays of the graph run its kernels alone, no Python: they read the same memory again, and a
+    number that Python drew stays the same.
+
+    >>> is_capturing()
+    False
+    """
+    # A torch without CUDA cannot be asked.
+    has_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return has_gpu and torch.cuda.is_current_stream_capturing()
+
+
 def backward_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a backward that cannot be differentiated again.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakin.kernels.autograd import backward_once
+from lorakin.kernels.autograd import backward_once, is_capturing
 
 
 class DropoutDraw(abc.ABC):
@@ -28,6 +28,8 @@ class DropoutDraw(abc.ABC):
     @staticmethod
     def drawn(p: float, device: torch.device) -> DropoutDraw:
         """Returns a draw with probability `p`, its seed from the CPU's default generator."""
+        if is_capturing():
+            return DropoutInGraph(p, 0)
         kind = DropoutByGaps if device.type == "cpu" else DropoutByMask
         return kind(p, int(torch.randint(1 << 62, (), device="cpu")))
 
@@ -82,6 +84,23 @@ class DropoutByMask(DropoutDraw):
 
     def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
         return x * (self.entries(x) if entries is None else entries)
+
+
+class DropoutInGraph(DropoutByMask):
+    """Dropout in a CUDA graph. A seed would be the same in each replay, so the mask is kept.
+
+    The device's default generator draws it, which torch moves on with each replay.
+    """
+
+    def __init__(self, p: float, seed: int) -> None:
+        super().__init__(p, seed)
+        self.mask: Tensor | None = None
+
+    def entries(self, like: Tensor) -> Tensor:
+        if self.mask is None:
+            mask = torch.empty(like.shape, dtype=torch.bool, device=like.device)
+            self.mask = mask.bernoulli_(1 - self.p)
+        return self.mask
 
 
 class DroppedProduct(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorakin.family import Chain
-from lorakin.kernels.autograd import Version, backward_once
+from lorakin.kernels.autograd import Version, backward_once, is_capturing
 from lorakin.kernels.base_linear import base_linear
 from lorakin.kernels.dropout import DropoutDraw, DroppedProduct
 
@@ -98,17 +98,20 @@ class FrozenMatrixCache:
 
         self.products.clear()
         narrow = matrix.detach().to(like.device, like.dtype)
-        if self.seen is not None:
+        # What a graph captures has its values only once the graph is replayed.
+        if self.seen is not None and not is_capturing():
             self.narrow[like.device] = narrow
         return narrow
 
     def product(self, x: Tensor, group: str, compute: Callable[[], Tensor]) -> Tensor:
         """Returns `compute()`, or its last result if a module of the group got the same x.
 
-        The last result counts for as long as an autograd graph holds it.
+        The last result counts for as long as an autograd graph holds it, and within a CUDA graph
+        or outside.
         """
         if not (torch.is_grad_enabled() and x.requires_grad) or not self.narrow:
             return compute()
+        group = f"{group} in a CUDA graph" if is_capturing() else group
         if (latest := self.products.get(group)) is not None:
             last_x, version, result = latest
             if last_x() is x and version.is_still(x) and isinstance(product := result(), Tensor):

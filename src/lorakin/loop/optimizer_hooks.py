@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.run import CALLBACKS, AdapterCallback
-from lorakin.kernels.autograd import STEPS
+from lorakin.kernels.autograd import STEPS, is_capturing
 from lorakin.loop import fsdp
 from lorakin.loop.parameter_groups import (
     check_base_not_trained,
@@ -114,7 +114,8 @@ def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if any(adapter.run.rules for adapter in stepping):
         _unscale(optimizer)
     for adapter in stepping:
-        check_rates(adapter, optimizer)
+        if not is_capturing():
+            check_rates(adapter, optimizer)  # reads rates, which a GPU may hold
         adapter.run.before_step()
 
 

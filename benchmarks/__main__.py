@@ -170,10 +170,10 @@ def _measured(
         yield ("serving",), mixed_batch.measure(1 if quick else 12, narrow, rounds, device=device)
     if "dispatch" in parts:
         yield ("dispatch",), dispatch.measure(members, narrow, rounds, device)
-    if "compiled" in parts and not quick:
-        base = decoder(SHAPES["S"], narrow, device, 1)
-        wanted = [name for name in ("lora", "dora", "vera") if name in members]
-        yield ("compiled",), steps.compiled(base, wanted, rounds, **size)
+    for dtype in dtypes if "compiled" in parts and not quick else ():
+        base = decoder(SHAPES["S"], getattr(torch, dtype), device, 1)
+        wanted = [name for name in members if SUBJECTS[name].theirs and name != "lora+"]
+        yield ("compiled", dtype), steps.compiled(base, wanted, 3 * rounds, **size)
     if "scaling" in parts:
         yield ("scaling",), scaling.measure(narrow, 1 if quick else 3, device, 2 if quick else None)
 

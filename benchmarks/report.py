@@ -87,15 +87,15 @@ def markdown(results: dict[str, Any]) -> str:
     ):
         if name in results:
             lines += [*make(results, machine["clock"]), ""]
-    if "compiled" in results:
-        cells = [
-            [row["member"], row["variant"], _spread(row[machine["clock"]])]
-            for row in results["compiled"]
-        ]
+    for dtype, rows in results.get("compiled", {}).items():
+        by_member: dict[str, dict[str, str]] = {}
+        for row in rows:
+            by_member.setdefault(row["member"], {})[row["variant"]] = _spread(row[machine["clock"]])
+        cells = [[name, of["lorakin"], of["PEFT"]] for name, of in by_member.items()]
         lines += [
-            "**torch.compile, S, × the frozen base without it**",
+            f"**torch.compile, S, {dtype}: a step × the compiled frozen base**",
             "",
-            *_table(["member", "variant", "time"], cells),
+            *_table(["member", "lorakin", "PEFT"], cells),
             "",
         ]
     if "scaling" in results:

@@ -94,17 +94,17 @@ def measure(
 def compiled(
     base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4
 ) -> list[dict[str, Any]]:
-    """Returns a row for each variant under torch.compile, over the frozen base without it."""
+    """Returns a row for each variant under torch.compile, over the frozen base under it."""
     inputs, table = batch(base, rows, length), []
     for name in names:
-        models, _ = compared(base, SUBJECTS[name])
-        chosen = {key: models[key] for key in ("frozen", "lorakin", "PEFT") if key in models}
-        steps = {key: step_of(model, inputs) for key, model in chosen.items()}
-        for key, model in chosen.items():
+        models, after = compared(base, SUBJECTS[name])
+        steps = {}
+        for key in ("frozen", "lorakin", "PEFT"):
             torch._dynamo.reset()
-            steps[f"{key}, compiled"] = step_of(
-                torch.compile(model, fullgraph=key == "lorakin"), inputs
-            )
+            model = torch.compile(models[key], fullgraph=key != "PEFT")
+            steps[key] = step_of(model, inputs, after.get(key))
+            for _ in range(3):
+                steps[key]()
         seconds = interleaved(steps, rounds, inputs[0].device.type)
         for key in list(steps)[1:]:
             spreads = {clock: ratio(seconds[clock], key, "frozen") for clock in seconds}

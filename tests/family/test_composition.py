@@ -185,15 +185,6 @@ def test_what_is_legal_works(words: tuple[str, ...], ids: Tensor, tmp_path: Path
     assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("words", [(word,) for word in WORDS] + TRIPLES, ids="×".join)
-def test_compiled_in_one_graph(words: tuple[str, ...], ids: Tensor) -> None:
-    model, _, optimizer = begin(words, ids, layers=1)
-    step(model, optimizer, ids)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-12, atol=1e-12)
-
-
 def test_an_alpha_of_its_own_that_pefts_form_would_lose(ids: Tensor, tmp_path: Path) -> None:
     """PEFT ignores alpha_pattern in an ADALORA file, so the pair is written instead."""
     peft = pytest.importorskip("peft")

@@ -129,7 +129,9 @@ def packed_weight(module: nn.Module) -> PackedWeight:
     So the squares of its rows are computed once.
     """
     packed = _PACKED_WEIGHTS.get(module)
-    if packed is None or packed.state != _state(module):
+    # A compiler cannot ask whether tensors have changed.
+    is_known = packed is not None and torch.compiler.is_compiling()
+    if packed is None or not (is_known or packed.state == _state(module)):
         packed = _PACKED_WEIGHTS[module] = PackedWeight(module)
     return packed
 

@@ -34,6 +34,7 @@ LAUNCHES = {
     "_scaled_dot_product_flash_attention_backward": 4,
     "_scaled_dot_product_efficient_attention_backward": 3,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 4,
+    "rms_norm_backward": 2, "rms_norm_backward_of_both": 4,
 }  # fmt: skip
 BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
 TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -75,6 +76,10 @@ class KernelCount(TorchDispatchMode):
     def kernels(self) -> int:
         """How many kernels were launched."""
         return sum(launch.kernels for launch in self.launches)
+
+    def of(self, name: str) -> int:
+        """Returns how many kernels one kind of operation launched."""
+        return sum(launch.kernels for launch in self.launches if launch.name == name)
 
     @property
     def waits(self) -> list[Launch]:

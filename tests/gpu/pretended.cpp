@@ -450,6 +450,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_log_softmax", &log_softmax);
   m.impl("_softmax_backward_data", &softmax_backward);
   m.impl("_log_softmax_backward_data", &log_softmax_backward);
+  // Without a kernel of its own, torch would make it of seven others.
+  m.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   m.impl("resize_", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 

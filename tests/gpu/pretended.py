@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpu import interpreted
+
 SOURCE = Path(__file__).with_name("pretended.cpp")
 DEVICES = 2
 
@@ -62,6 +64,7 @@ def library() -> Path:
 def install() -> None:
     """Loads the library, imports torch, and gives torch.cuda what its CUDA library would give."""
     assert "torch" not in sys.modules, "import gpu.pretended before torch"
+    os.environ["TRITON_INTERPRET"] = "1"
     native = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
     native.pretend_seed.argtypes = [ctypes.c_int, ctypes.c_uint64]
 
@@ -73,6 +76,7 @@ def install() -> None:
     _install_storages(torch, native)
     _install_data_parallel(torch)
     _import_hidden(torch)
+    interpreted.install()
 
 
 def _index(native: Any, device: Any = None) -> int:
@@ -87,7 +91,7 @@ def _index(native: Any, device: Any = None) -> int:
 def _install_devices(torch: Any, native: Any) -> None:
     cuda = torch.cuda
     properties = types.SimpleNamespace(
-        name="Pretended", total_memory=80 << 30, major=9, minor=0, multi_processor_count=132,
+        name="Pretended", total_memory=80 << 30, major=9, minor=0, multi_processor_count=4,
         warp_size=32, max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536,
         shared_memory_per_block_optin=232448, L2_cache_size=50 << 20,
     )  # fmt: skip

@@ -559,7 +559,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept(
 def test_a_fused_run_is_the_same_run(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorakin.kernels.lazy_logits import CrossEntropy
+    from lorakin.kernels.cross_entropy import CrossEntropy
 
     plain, _, _ = run(recipe)
     calls = []

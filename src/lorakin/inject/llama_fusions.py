@@ -10,77 +10,23 @@ As with adapters, the module's class changes; its name, parameters and state dic
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.inject.adapted import is_adapted
 from lorakin.inject.class_swap import Swapped, base_class, combined, swap_class
 from lorakin.inject.module_mode import in_mode
-from lorakin.kernels.autograd import PLAIN_TYPES, backward_once, runs_eagerly
+from lorakin.kernels.autograd import PLAIN_TYPES, runs_eagerly
+from lorakin.kernels.gate import gated_silu
 from lorakin.kernels.lazy_logits import LazyLogits
-from lorakin.kernels.recomputation import Recomputation
-
-
-class Norm(torch.autograd.Function):
-    """w · (x · scale) over the last dimension, in float32 and rounded before w, as Llama's.
-
-    `scale` is `scale_of(x)`; the gradient accounts for its dependence on x.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale, weight)
-        return normed(x, scale, weight)
-
-    @staticmethod
-    @backward_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, weight = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        direction = x.float() * scale  # not x · scale: mixed dtypes are slow
-        for_weight = for_x = None
-        if needs_weight:
-            for_weight = (grad * direction.to(x.dtype)).flatten(0, -2).sum(0)
-        if needs_x:
-            wide = (grad * weight).float()
-            along = (wide * direction).mean(-1, keepdim=True)
-            for_x = wide.sub_(direction.mul_(along)).mul_(scale).to(x.dtype)
-        return for_x, for_weight, None
-
-
-def scale_of(x: Tensor, epsilon: Any) -> Tensor:
-    """Computes 1 / √(mean x² + ε) over the last dimension: (…, 1), float32."""
-    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
-
-
-def normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    """Computes the output of `Norm` from the scale of each token."""
-    return weight * (x.float() * scale).to(x.dtype)
-
-
-class Gate(torch.autograd.Function):
-    """silu(gate) · up; keeps both inputs and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return gated(gate, up)
-
-    @staticmethod
-    @backward_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Computes the output of `Gate`."""
-    return F.silu(gate).mul_(up)
+from lorakin.kernels.norm import normed, rms_norm, scale_of
+from lorakin.kernels.rotary import in_place_of, plainly_rotated
 
 
 class LightNorm(Swapped):
@@ -90,9 +36,7 @@ class LightNorm(Swapped):
         weight: Any = self.weight
         if not _saves_memory(x, weight):
             return super().forward(x)  # type: ignore[no-any-return]
-        scale = scale_of(x.detach(), self.variance_epsilon)
-        out: Tensor = Norm.apply(x, weight, scale)  # type: ignore[no-untyped-call]
-        return Recomputation.attach(out, normed, (x, scale, weight))
+        return rms_norm(x, weight, self.variance_epsilon)  # type: ignore[arg-type]
 
 
 class LightGate(Swapped):
@@ -103,8 +47,7 @@ class LightGate(Swapped):
         gate, up = parts.gate_proj(x), parts.up_proj(x)
         if not _saves_memory(gate, up):
             return parts.down_proj(parts.act_fn(gate) * up)  # type: ignore[no-any-return]
-        hidden: Tensor = Gate.apply(gate, up)  # type: ignore[no-untyped-call]
-        return parts.down_proj(Recomputation.attach(hidden, gated, (gate, up)))  # type: ignore[no-any-return]
+        return parts.down_proj(gated_silu(gate, up))  # type: ignore[no-any-return]
 
 
 class LightHead(Swapped):
@@ -120,7 +63,29 @@ class LightHead(Swapped):
         return LazyLogits.of(x, head.weight)
 
 
-MIXINS = (LightNorm, LightGate, LightHead)
+class LightAttention(Swapped):
+    """Mixed in before the class of an attention: on a GPU it rotates by kernels of ours.
+
+    The class's own forward runs, with another `apply_rotary_pos_emb` among its globals.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own: Any = super().forward
+        if not runs_eagerly():
+            return own(*args, **kwargs)
+        function = own.__func__
+        names = dict(function.__globals__)
+        names[ROTARY] = in_place_of(names[ROTARY])
+        rotating = types.FunctionType(
+            function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+        )
+        rotating.__kwdefaults__ = function.__kwdefaults__
+        return rotating(self, *args, **kwargs)
+
+
+ROTARY = "apply_rotary_pos_emb"
+"""transformers' function, one for each kind of model."""
+MIXINS = (LightNorm, LightGate, LightAttention, LightHead)
 
 
 def _saves_memory(x: Any, weight: Tensor) -> bool:
@@ -139,8 +104,8 @@ def fuse(model: nn.Module) -> int:
     ...     vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1,
     ...     num_attention_heads=1)
     >>> model = transformers.LlamaForCausalLM(config)
-    >>> lk.fuse(model)  # three norms, a gated MLP and the head
-    5
+    >>> lk.fuse(model)  # three norms, a gated MLP, an attention and the head
+    6
     >>> lk.unfuse(model)
 
     Returns:
@@ -159,7 +124,9 @@ def fuse(model: nn.Module) -> int:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is nn.Linear:
         mixin_of[head] = LightHead
-    if not mixin_of and not any(isinstance(module, MIXINS) for module in model.modules()):
+    # On a CPU an attention does what it did.
+    is_lighter = set(mixin_of.values()) > {LightAttention}
+    if not is_lighter and not any(isinstance(module, MIXINS) for module in model.modules()):
         raise SettingError(
             f"fuse found nothing in a {type(model).__name__} that it can replace; it knows Llama's "
             "RMSNorm and gated SiLU, and a linear head"
@@ -232,7 +199,28 @@ def _is_gated(module: Any) -> bool:
         return torch.allclose(module(probe), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@functools.cache
+def _rotates(function: Callable[..., Any]) -> bool:
+    """Returns whether a function `apply_rotary_pos_emb` computes as Llama's."""
+    x, cos, sin = torch.linspace(-3, 3, 4 * 24).view(4, 1, 1, 3, 8).unbind()[:3]
+    try:
+        got = function(x, -x, cos[:, 0], sin[:, 0])
+    except Exception:  # it takes other arguments
+        return False
+    expected = (plainly_rotated(one, cos[:, 0], sin[:, 0]) for one in (x, -x))
+    return all(map(torch.equal, got, expected))
+
+
+def _is_attention(module: Any) -> bool:
+    """Returns whether the module's own forward rotates queries and keys as Llama's."""
+    forward = type(module).forward
+    if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
+        return False
+    return ROTARY in forward.__globals__ and _rotates(forward.__globals__[ROTARY])
+
+
 FITS: dict[type[nn.Module], Callable[[nn.Module], bool]] = {
     LightNorm: _is_norm,
     LightGate: _is_gated,
+    LightAttention: _is_attention,
 }

@@ -204,7 +204,9 @@ class LinearWithPair(torch.autograd.Function):
 
         recipe = Recomputation.of(x)
         ctx.make = recipe.make
-        parts = recipe.parts if needs_weight or needs_down or needs_gain else ()
+        parts = recipe.parts if needs_gain else ()
+        if needs_weight or needs_down:
+            parts = recipe.parts_to_keep()
         ctx.save_for_backward(hidden, weight, bias, up, down, gain, gain_minus_one, kept, *parts)
         return y
 

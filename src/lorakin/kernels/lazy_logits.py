@@ -18,51 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakin.kernels.autograd import backward_once
-
-BLOCK_OF_LOGITS = {"cpu": 1 << 22}
-"""How many logits are computed at a time, of at least `ROWS` tokens, by the type of the device."""
-BLOCK_ELSEWHERE = 1 << 26
-"""For a GPU, to which small blocks are as dear as large ones; 256 MiB in float32."""
-ROWS = 32
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Σ −log softmax(W h)_target over the tokens whose target is not `ignored`.
-
-    h is (tokens, inputs) and W (vocabulary, inputs), which is frozen. Logits have the dtype of h,
-    the softmax is in float32. Only the gradient of h is kept for the backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignored: int) -> Tensor:
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        block = BLOCK_OF_LOGITS.get(hidden.device.type, BLOCK_ELSEWHERE)
-        rows, left_out = max(ROWS, block // len(weight)), (target == ignored).unsqueeze(1)
-
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = (hidden[part] @ weight.T).to(wide)
-            classes = target[part].unsqueeze(1).masked_fill(left_out[part], 0)
-            of_target, largest = logits.gather(1, classes), logits.amax(-1, keepdim=True)
-            shares = logits.sub_(largest).exp_()
-            total_share = shares.sum(-1, keepdim=True)
-            total += (largest + total_share.log() - of_target).masked_fill_(left_out[part], 0).sum()
-            if gradient is not None:
-                # softmax − one-hot, times W
-                shares.div_(total_share).scatter_add_(1, classes, torch.full_like(total_share, -1))
-                shares.masked_fill_(left_out[part], 0)
-                torch.mm(shares.to(weight.dtype), weight, out=gradient[part])
-
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    @backward_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient.to(grad.dtype) * grad).to(gradient.dtype), None, None, None
+from lorakin.kernels.cross_entropy import are_targets, summed_cross_entropy
 
 
 class LogitsFunction(torch.autograd.Function):
@@ -232,11 +188,11 @@ def _cross_entropy(
     # The targets are probabilities, or something for which torch has an error.
     if target.dim() != 1 or target.dtype != torch.int64 or len(target) != len(logits.hidden):
         return None
-    wrong = ((target < 0) | (target >= len(logits.weight))) & (target != ignore_index)
-    if target.device.type == "cpu" and bool(wrong.any()):
+    classes = len(logits.weight)
+    if target.device.type == "cpu" and not are_targets(target, classes, ignore_index).all():
         return None
 
-    total: Tensor = CrossEntropy.apply(logits.hidden, logits.weight, target, ignore_index)  # type: ignore[no-untyped-call]
+    total = summed_cross_entropy(logits.hidden, logits.weight, target, ignore_index)
     return total / (target != ignore_index).sum() if reduction == "mean" else total
 
 

@@ -53,7 +53,7 @@ class LinearWithDroppedGain(torch.autograd.Function):
         _, needs_weight, _, _, needs_down, needs_gain, *_ = ctx.needs_input_grad
         recipe = Recomputation.of(x)
         ctx.make = recipe.make
-        parts = recipe.parts if needs_weight or needs_down else ()
+        parts = recipe.parts_to_keep() if needs_weight or needs_down else ()
         kept = v if needs_gain else None
         ctx.save_for_backward(hidden, weight, up, down, gain_minus_one, kept, *parts)
         return y

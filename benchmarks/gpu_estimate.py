@@ -1,8 +1,9 @@
 """What a step would cost on a GPU: kernels counted on pretended GPUs, and the arithmetic of an H100.
 
-    python -m benchmarks.gpu_estimate            both tables; some minutes, no GPU
+    python -m benchmarks.gpu_estimate            all tables; some minutes, no GPU
     python -m benchmarks.gpu_estimate kernels    kernels of a linear layer, beside PEFT's
     python -m benchmarks.gpu_estimate 8B         a step of Llama-3-8B's shape
+    python -m benchmarks.gpu_estimate memory     what a step holds, with and without lk.fuse
 
 **This is an estimate.** It runs a step without numbers (torch's fake tensors) for two and three
 layers, and extends it to all. The CPU takes 5 µs to launch a kernel. A kernel takes 2 µs at least,
@@ -13,6 +14,8 @@ wait for the other. Attention is one kernel, as FlashAttention is.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +36,9 @@ from torch.utils.flop_counter import flop_registry
 import lorakin as lk
 from lorakin.inject import llama_fusions
 from lorakin.inject.class_swap import combined
+from lorakin.plan.machine import ASSUMED_GPU
 from lorakin.plan.meta_model import meta_model
+from lorakin.plan.traced import Traced
 
 LAUNCH, KERNEL, WAIT = 5e-6, 2e-6, 10e-6
 """Seconds: to launch a kernel, for the smallest kernel, and for a wait."""
@@ -216,12 +221,26 @@ def estimate(
     return total + _by_phase(shape, layers, subject, adapt, fused, PHASES[2:])["step"]
 
 
-def _by_phase(
-    shape: str, layers: int, subject: str, adapt: Any, fused: bool, phases: tuple[str, ...]
-) -> dict[str, Estimate]:
-    settings = SHAPES[shape]
+class Prepared(NamedTuple):
+    """A model on a fake GPU, to be trained."""
+
+    model: Any
+    optimizer: Any
+    """None if nothing trains."""
+    allocate: Callable[[int], Any] | None
+    """What PEFT's AdaLoRA wants to be called at each step."""
+    ids: Tensor
+
+    def loss(self) -> Tensor:
+        """Runs a forward."""
+        return self.model(input_ids=self.ids, labels=self.ids).loss  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def prepared(shape: str, layers: int, subject: str, adapt: Any, fused: bool) -> Iterator[Prepared]:
+    """Makes a model of this shape with so many layers, in a mode of fake tensors."""
     config = transformers.LlamaConfig(
-        **{**settings, "num_hidden_layers": layers}, use_cache=False, pad_token_id=0
+        **{**SHAPES[shape], "num_hidden_layers": layers}, use_cache=False, pad_token_id=0
     )
     skeleton = meta_model(config, torch.bfloat16).requires_grad_(False)
     skeleton.config._attn_implementation = "one_kernel"
@@ -242,32 +261,53 @@ def _by_phase(
                 allocate = model.base_model.update_and_allocate
         else:
             optimizer = adapt(model)
-            trained = [p for p in model.parameters() if p.requires_grad]
             if optimizer is None:
                 model.enable_input_require_grads()
         ids = torch.ones(ROWS, LENGTH, dtype=torch.long, device="cuda")
+        yield Prepared(model, optimizer, allocate, ids)
+
+
+def _by_phase(
+    shape: str, layers: int, subject: str, adapt: Any, fused: bool, phases: tuple[str, ...]
+) -> dict[str, Estimate]:
+    settings = SHAPES[shape]
+    with prepared(shape, layers, subject, adapt, fused) as run:
+        trained = [p for p in run.model.parameters() if p.requires_grad]
         costs: dict[str, Costs] = {}
         for n in range(3):
             costs = {phase: Costs() for phase in PHASES}
             if "forward" in phases:
                 with costs["forward"]:
-                    loss = model(input_ids=ids, labels=ids).loss
+                    loss = run.loss()
                 with costs["backward"]:
                     torch.autograd.backward(loss)
             else:
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter) if parameter.numel() else None
             with costs["step"]:
-                if optimizer is not None:
-                    optimizer.step()
-                if optimizer is not None and allocate is not None:
-                    allocate(n + 2)
-            if optimizer is not None:
-                optimizer.zero_grad()
+                if run.optimizer is not None:
+                    run.optimizer.step()
+                if run.optimizer is not None and run.allocate is not None:
+                    run.allocate(n + 2)
+            if run.optimizer is not None:
+                run.optimizer.zero_grad()
     heads = int(settings["num_attention_heads"])
     flash = layers * 2 * ROWS * heads * LENGTH**2 * (int(settings["hidden_size"]) // heads)
     extra = {"forward": flash / (0.6 * OPERATIONS), "backward": 2.5 * flash / (0.5 * OPERATIONS)}
     return {phase: estimated(costs[phase].costed, extra.get(phase, 0.0)) for phase in phases}
+
+
+def activations(shape: str, subject: str, adapt: Any, fused: bool) -> float:
+    """Returns the bytes of a forward and backward at their peak, without what was there before."""
+    peaks = []
+    for layers in (2, 3):
+        with prepared(shape, layers, subject, adapt, fused) as run, Traced(ASSUMED_GPU) as traced:
+            traced.see([*run.model.parameters(), *run.model.buffers()], "weights")
+            before = sum(traced.alive.values())
+            with traced.phase("step", makes="activations"):
+                torch.autograd.backward(run.loss())
+            peaks.append(traced.peaks["step"].total - before)
+    return peaks[0] + (peaks[1] - peaks[0]) * (int(SHAPES[shape]["num_hidden_layers"]) - 2)
 
 
 def _on_fake_gpu(model: Any, wide: torch.dtype | None) -> Any:
@@ -354,6 +394,20 @@ def step_table(shape: str) -> Iterator[str]:
         )
 
 
+def memory_table() -> Iterator[str]:
+    """Yields the lines of the table of memory with and without `lk.fuse`."""
+    yield f"**A step of {ROWS} × {LENGTH} tokens, bfloat16: GiB at most, beside weights**"
+    yield ""
+    yield "| shape | subject | as it is | `lk.fuse` |"
+    yield "|---|---|---|---|"
+    for shape in SHAPES:
+        for label in ("frozen base", "lora", "dora"):
+            adapt = (lambda model: None) if label == "frozen base" else _adapt_ours(label)
+            subject = "frozen" if label == "frozen base" else "ours"
+            sizes = [activations(shape, subject, adapt, fused) / 2**30 for fused in (False, True)]
+            yield f"| {shape} | {label} | {sizes[0]:.1f} | {sizes[1]:.1f} |"
+
+
 def peft_kernels(name: str, narrow: bool) -> tuple[float, float] | None:
     """Returns the kernels of one linear layer with PEFT's method, forward and backward."""
     configs: dict[str, Any] = {
@@ -413,11 +467,14 @@ def kernel_table() -> Iterator[str]:
 def main() -> None:
     """Prints the tables that were asked for."""
     warnings.simplefilter("ignore")
-    asked = sys.argv[1:] or ["kernels", *SHAPES]
-    if unknown := [part for part in asked if part not in ("kernels", *SHAPES)]:
-        raise SystemExit(f"no part {unknown[0]!r}; there are kernels, {', '.join(SHAPES)}")
+    parts: dict[str, Callable[[], Iterator[str]]] = {"kernels": kernel_table}
+    parts |= {shape: functools.partial(step_table, shape) for shape in SHAPES}
+    parts["memory"] = memory_table
+    asked = sys.argv[1:] or [*parts]
+    if unknown := [part for part in asked if part not in parts]:
+        raise SystemExit(f"no part {unknown[0]!r}; there are {', '.join(parts)}")
     for part in asked:
-        for line in kernel_table() if part == "kernels" else step_table(part):
+        for line in parts[part]():
             print(line, flush=True)
         print()
 

@@ -74,7 +74,7 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
     allowed = {
         "errors": set(),
         "family": {"torch"},
-        "kernels": {"torch"},
+        "kernels": {"torch", "triton", "liger_kernel"},
         "inject": {"torch"},
         "loop": {"torch"},
         "storage": {"torch", "safetensors"},

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import lorakin as lk
@@ -193,6 +194,24 @@ def test_a_step_is_that_of_the_unfused_model(words: tuple[str, ...], how: str) -
     # In a narrow dtype each error is one draw.
     assert error(fused) <= 1.5 * error(unfused) + 1e-6 * size
     torch.testing.assert_close(fused[0], unfused[0], rtol=1e-3, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral", "gemma", "phi"])
+def test_other_models(kind: str) -> None:
+    """Norms of queries and keys, other norms, other MLPs, and rotation of a part of each head."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).to(GPU).train()
+    ids = torch.tensor([[5, 6, 7, 8]], device=GPU)
+    batch = {"input_ids": ids, "labels": ids}
+    unfused = step(model, batch, None)
+    lk.fuse(model)
+    for got, want in zip(step(model, batch, None), unfused, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 def test_norms_that_train() -> None:

@@ -225,6 +225,46 @@ def test_an_mlp_that_does_more_is_left_as_it_is() -> None:
         lk.fuse(model)
 
 
+def test_an_attention_uses_the_functions_that_its_file_has_now(
+    ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its forward runs with one name changed; what others patch there stays patched."""
+    from transformers.models.llama import modeling_llama
+
+    model = tiny_llama().eval()
+    model.set_attn_implementation("eager")
+    before = model(ids, output_attentions=True)
+    lk.fuse(model)
+    after = model(ids, output_attentions=True)
+    assert torch.equal(after.logits, before.logits)
+    assert all(map(torch.equal, after.attentions, before.attentions))
+
+    own = modeling_llama.apply_rotary_pos_emb
+    for name in ("apply_rotary_pos_emb", "eager_attention_forward"):
+        calls: list[int] = []
+        plain = getattr(modeling_llama, name)
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                modeling_llama, name, lambda *a, f=plain, n=calls, **k: (n.append(1), f(*a, **k))[1]
+            )
+            model(ids)
+        assert len(calls) == 2, name
+    assert modeling_llama.apply_rotary_pos_emb is own
+
+
+class Turning(nn.Module):
+    """Has an attention that rotates, and nothing else to replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = tiny_llama().model.layers[0].self_attn
+
+
+def test_an_attention_alone_is_nothing_to_fuse() -> None:
+    with pytest.raises(lk.SettingError, match="Turning"):
+        lk.fuse(Turning())
+
+
 def test_a_norm_that_is_trained_whole_goes_on_training(ids: Tensor) -> None:
     for order in ("fuse", "adapt"):
         model = tiny_llama().train()

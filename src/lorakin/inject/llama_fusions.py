@@ -2,8 +2,12 @@
 
 A norm keeps its input and one number per token, a gated activation its two inputs. Layers that need
 their outputs in the backward compute them again (kernels/recomputation.py). The head's logits are
-not computed where only a cross-entropy asks for them (kernels/lazy_logits.py). Values are those of
-the replaced modules, to the bit where these are transformers' own.
+not computed where only a cross-entropy asks for them (kernels/lazy_logits.py). On a CPU values are
+those of the replaced modules, to the bit where these are transformers' own.
+
+On a GPU the same functions launch Liger's kernels and ours (kernels/liger_operators.py), and the
+rotary embedding of the attentions does too. What runs is decided by the tensors of each call: a
+model may be fused first and moved then.
 
 As with adapters, the module's class changes; its name, parameters and state dict stay.
 """
@@ -97,7 +101,10 @@ def _saves_memory(x: Any, weight: Tensor) -> bool:
 
 
 def fuse(model: nn.Module) -> int:
-    """Replaces the norms, gated activations and head of `model` by versions that keep less memory.
+    """Replaces norms, gated activations, attentions and head by versions that keep less memory.
+
+    Attentions only change on a GPU, where queries and keys are rotated by one kernel each. There
+    Liger's kernels are used, if installed (`pip install 'lorakin[gpu]'`).
 
     >>> import lorakin as lk, transformers
     >>> config = transformers.LlamaConfig(
@@ -124,9 +131,9 @@ def fuse(model: nn.Module) -> int:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is nn.Linear:
         mixin_of[head] = LightHead
-    # On a CPU an attention does what it did.
-    is_lighter = set(mixin_of.values()) > {LightAttention}
-    if not is_lighter and not any(isinstance(module, MIXINS) for module in model.modules()):
+    # An attention alone does not count: on a CPU it does what it did.
+    kinds = set(mixin_of.values()) - {LightAttention}
+    if not kinds and not any(isinstance(module, MIXINS) for module in model.modules()):
         raise SettingError(
             f"fuse found nothing in a {type(model).__name__} that it can replace; it knows Llama's "
             "RMSNorm and gated SiLU, and a linear head"

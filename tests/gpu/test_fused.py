@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise, tiny_llama
-from gpu.common import GPU, SINGLE, KernelCount, adapted, batch_for, moved_from_start
+from gpu.common import GPU, SINGLE, KernelCount, adapted, moved_from_start
 from lorakin.inject.llama_fusions import MIXINS
 from lorakin.kernels.cross_entropy import CrossEntropy, summed_cross_entropy
 from lorakin.kernels.gate import gated_silu
@@ -33,6 +33,13 @@ KINDS = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return drawn.to(GPU, dtype).requires_grad_()
+
+
+def few_tokens() -> dict[str, Tensor]:
+    """A batch for a model: each token is a program of most kernels."""
+    ids = torch.tensor([[3, 4, 5, 6, 7]], device=GPU)
+    labels = torch.tensor([[-100, -100, 5, 6, 7]], device=GPU)
+    return {"input_ids": ids, "labels": labels}
 
 
 def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -166,21 +173,21 @@ WAYS = [(words, "plain") for words in SINGLE] + [
 def test_a_step_is_that_of_the_unfused_model(words: tuple[str, ...], how: str) -> None:
     """With adapters on every linear layer, which recompute the outputs of norms and gates."""
     settings = HOW[how]
-    model = tiny_llama(dtype=settings.get("dtype", torch.float32)).to(GPU)
+    dtype = settings.get("dtype", torch.float32)
+    model = tiny_llama(dtype=dtype, num_hidden_layers=1).to(GPU)
+    model.enable_input_require_grads()
     if "reentrant" in settings:
         model.gradient_checkpointing_enable({"use_reentrant": settings["reentrant"]})
         model.config.use_cache = False
-        model.enable_input_require_grads()
-    adapter, batch = adapted(model, words, GPU, targets="all-linear")
+    adapter, _ = adapted(model, words, GPU, targets="all-linear")
     moved_from_start(adapter)
-    batch = {key: tensor[:1, :5] for key, tensor in batch.items()}
-    batch["labels"] = torch.tensor([[-100, -100, 5, 6, 7]], device=GPU)
+    batch = few_tokens()
     model.train()
 
     unfused = step(model, batch, settings.get("autocast"))
     wide = copy.deepcopy(model).double()
     truth = step(wide, batch, None)
-    assert lk.fuse(model) == 5 + 2 + 2 + 1
+    assert lk.fuse(model) == 3 + 1 + 1 + 1
     fused = step(model, batch, settings.get("autocast"))
     lk.unfuse(model)
     assert not any(isinstance(m, MIXINS) for m in model.modules())
@@ -206,8 +213,7 @@ def test_other_models(kind: str) -> None:
         eos_token_id=2,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).to(GPU).train()
-    ids = torch.tensor([[5, 6, 7, 8]], device=GPU)
-    batch = {"input_ids": ids, "labels": ids}
+    batch = few_tokens()
     unfused = step(model, batch, None)
     lk.fuse(model)
     for got, want in zip(step(model, batch, None), unfused, strict=True):
@@ -216,7 +222,7 @@ def test_other_models(kind: str) -> None:
 
 def test_norms_that_train() -> None:
     model = tiny_llama().to(GPU).train()
-    batch = batch_for(model, GPU)
+    batch = few_tokens()
     unfused = step(model, batch, None)
     lk.fuse(model)
     for got, want in zip(step(model, batch, None), unfused, strict=True):
@@ -228,8 +234,7 @@ def test_kernels_and_waits_of_a_fused_model() -> None:
     counts: dict[bool, list[KernelCount]] = {}
     model = tiny_llama(dtype=torch.bfloat16).to(GPU).requires_grad_(False).train()
     model.enable_input_require_grads()
-    batch = batch_for(model, GPU)
-    del batch["attention_mask"]  # transformers looks at its values
+    batch = few_tokens()
     for fused in (False, True):
         if fused:
             lk.fuse(model)
@@ -254,7 +259,7 @@ def test_an_output_that_layers_read_is_recomputed_once() -> None:
     model.enable_input_require_grads()
     lk.adapt(model, lk.LoRA(rank=3), "all-linear", seed=0)
     lk.fuse(model)
-    loss = model(**batch_for(model, GPU)).loss
+    loss = model(**few_tokens()).loss
     with KernelCount() as count:
         loss.backward()
     assert count.of("rms_norm") == 2 * 2, "for q, k and v, and for gate and up"
@@ -267,16 +272,16 @@ def test_without_liger_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -
 
     model = tiny_llama().to(GPU).train()
     randomise(lk.adapt(model, lk.LoRA(rank=3), seed=0))
-    batch = batch_for(model, GPU)
+    batch = few_tokens()
     lk.fuse(model)
     with_liger = step(model, batch, None)
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel.ops.swiglu", None)
-    liger_operators._are_here.cache_clear()
+    liger_operators._work_on.cache_clear()
     try:
         with pytest.warns(lk.LorakinWarning, match=r"lorakin\[gpu\]") as told:
             without = step(model, batch, None)
     finally:
-        liger_operators._are_here.cache_clear()
+        liger_operators._work_on.cache_clear()
     assert len(told) == 1
     for got, want in zip(without, with_liger, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

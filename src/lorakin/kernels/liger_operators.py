@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lorakin.errors import LorakinWarning
 
@@ -61,31 +62,32 @@ def fit(*tensors: Tensor) -> bool:
     if not first.is_cuda or first.dtype not in DTYPES or first.shape[-1] > WIDEST:
         return False
     same = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-    return same and first.numel() > 0 and _are_here()
+    return same and first.numel() > 0 and _work_on(first.device)
 
 
 @functools.cache
-def _are_here() -> bool:
-    """Returns whether Liger's functions can be imported, and are those that this file knows.
+def _work_on(device: torch.device) -> bool:
+    """Returns whether Liger is installed, is the one that this file knows, and compiles here.
 
     Warns:
-        LorakinWarning: they cannot, or are not.
+        LorakinWarning: it does not, and why.
     """
     try:
         from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
-        from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
-        from liger_kernel.ops.swiglu import swiglu_forward
 
-        assert rms_norm_backward and rms_norm_forward and swiglu_forward
         unknown = set(liger_cross_entropy_kernel.arg_names) ^ ARGUMENTS_OF_LOSS
         if not unknown:
+            with _disable_current_modes():
+                one = torch.ones(1, 1, device=device)
+                torch.ops.lorakin.gated_backward(torch.ops.lorakin.gated(one, one), one, one)
             return True
-        reason = f"its cross-entropy is not the one of liger-kernel 0.8.5: {min(unknown)}"
-    except Exception as error:  # Triton or a driver may fail in any way
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"its cross-entropy is not that of liger-kernel 0.8.5: {min(unknown)}"
+    except Exception as error:  # Triton, a compiler or a driver may fail in any way
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     warnings.warn(
-        f"a fused model is faster on a GPU with Liger's kernels ({reason}); until then torch's own "
-        "operations are used, with the same result. Install them with pip install 'lorakin[gpu]'",
+        f"a fused model is faster on {device} with Liger's kernels ({reason}). Until then torch's "
+        "own operations give the same result. Liger comes with pip install 'lorakin[gpu]', and "
+        "Triton needs a C compiler, such as gcc",
         LorakinWarning,
         stacklevel=2,
     )

@@ -35,7 +35,7 @@ def rotated_kernel(
     x and out are (rows, heads, length, 2 · half), cos and sin (rows, length, 2 · half).
     """
     row, token = (tl.program_id(0) // length).to(tl.int64), (tl.program_id(0) % length).to(tl.int64)
-    head, entry = tl.arange(0, HEADS), tl.arange(0, HALF)
+    head, entry = tl.arange(0, HEADS).to(tl.int64), tl.arange(0, HALF)
     is_entry = entry < half
     inside = (head[:, None] < heads) & is_entry[None, :]
     angle = row * angle_row + token * angle_token + entry

@@ -36,6 +36,8 @@ LAUNCHES = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": 4,
     "rms_norm_backward": 2, "rms_norm_backward_of_both": 4,
 }  # fmt: skip
+ROWS_OF_4_BIT_KERNEL = 1536
+"""Up to so many rows bitsandbytes may multiply without unpacking; on an H100 often for fewer."""
 BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
 TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 """How many tensors a multi-tensor kernel of torch takes, by the lists that it reads and writes."""
@@ -117,10 +119,22 @@ def _cost(
     if name in ("addmm", "baddbmm"):
         # the summand is copied first, unless it is a vector, which is added by the product itself
         return (2 if args[0].dim() > 1 else 1), False
+    if name == "gemm_4bit":
+        return _kernels_of_4_bits(args[0], has_nested_scales=args[7:8] not in ((), (None,))), False
     if name.startswith(("_foreach", "_fused", "_amp_foreach")):
         extra = int(name == "_foreach_norm" and bool(args[0]))
         return multi_tensor_launches(args[0], LISTS.get(name, 2)) + extra, False
     return LAUNCHES.get(name, 1), name in WAITING
+
+
+def _kernels_of_4_bits(x: Tensor, has_nested_scales: bool) -> int:
+    """Returns how many kernels bitsandbytes' product with a 4-bit weight launches.
+
+    For few rows it has one of its own. For more it computes the scales, unpacks, and multiplies.
+    """
+    if x.numel() // max(1, x.shape[-1]) <= ROWS_OF_4_BIT_KERNEL:
+        return 1
+    return 4 if has_nested_scales else 2
 
 
 def _cost_of_index(name: str, args: Sequence[Any]) -> tuple[int, bool]:

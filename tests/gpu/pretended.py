@@ -256,6 +256,26 @@ def _import_hidden(torch: Any) -> None:
         import peft  # noqa: F401
 
     assert bitsandbytes
+    _install_bitsandbytes(torch)
+
+
+def _install_bitsandbytes(torch: Any) -> None:
+    """Lets bitsandbytes' operators compute on the CPU: its CUDA library cannot be loaded."""
+    from torch.utils._pytree import tree_map_only
+
+    def install(name: str) -> None:
+        operator = getattr(torch.ops.bitsandbytes, name).default
+
+        @torch.library.register_kernel(f"bitsandbytes::{name}", "cuda")  # type: ignore[untyped-decorator]
+        def kernel(first: Any, *args: Any) -> Any:
+            on_cpu = tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), (first, *args))
+            return tree_map_only(torch.Tensor, lambda t: t.to(first.device), operator(*on_cpu))
+
+    for name in (
+        "quantize_4bit", "quantize_blockwise", "dequantize_4bit", "dequantize_blockwise",
+        "gemm_4bit",
+    ):  # fmt: skip
+        install(name)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 It keeps its identity, its name, its parameters and their `state_dict` keys. The adapters' tensors
 add keys `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, it gets its class back.
 
-The path of a forward of an adapted nn.Linear:
+The path of a forward of an adapted nn.Linear, or of a quantised layer with a `WeightSource`:
 
 1. `ModelHooks` (model_hooks.py), before the model's forward: checks threads and swapped modules.
 2. `Adapted.forward` (here): `Attachments.in_use` says which adapters the module uses.
@@ -45,7 +45,6 @@ from lorakin.inject.callers import first_argument, is_in_forward
 from lorakin.inject.class_swap import Swapped, combined, swap_class, unmix
 from lorakin.inject.layer_kinds import (
     ExpertLayer,
-    LinearLayer,
     QuantisedLayer,
     kind_of,
     overrides_forward,
@@ -118,14 +117,13 @@ class Adapted(Swapped):
         return out
 
     def _fused_output(self, attached: Attachments, branch: Branch, x: Any) -> Tensor | None:
-        """Returns the output of an nn.Linear with one adapter; None if no kernel applies."""
-        weight = self._parameters.get("weight")
-        if branch.kind is not LinearLayer or attached.mixed_batch is not None or attached.merged:
+        """Returns the output of a linear layer with one adapter; None if no kernel applies."""
+        if attached.mixed_batch is not None or attached.merged:
             return None
         library_forward = getattr(super().forward, "__func__", None)
-        if library_forward is not nn.Linear.forward or not kernel.applies(x, weight):
+        weight = branch.kind.weight_for_kernel(self, library_forward, x)
+        if weight is None:
             return None
-        assert weight is not None
 
         dropout = branch.method.dropout if branch.training else 0.0
         # A `CastPair` has the weight's dtype; under autocast the products have another.

@@ -13,9 +13,10 @@ from lorakin.family import Chain, FrozenWeight, Method, Pair, Shape, Slot, Slots
 from lorakin.family.pair import ScaledPair
 from lorakin.inject.attachments import BIAS, attachments_of
 from lorakin.inject.cast_tensors import CastTensors
-from lorakin.inject.layer_kinds import LayerKind, LinearLayer, kind_of
+from lorakin.inject.layer_kinds import LayerKind, LinearLayer, QuantisedLayer, kind_of
 from lorakin.kernels.adapted_linear import CastPair, LinearChange
 from lorakin.kernels.autograd import PLAIN_TYPES, Copied, Version, is_capturing
+from lorakin.kernels.weight_source import Weight, tensor_of
 
 
 def slot_trains(slot: Slot, tensor: Tensor) -> bool:
@@ -64,7 +65,9 @@ class Branch(nn.Module):
         """Modules with one parent may share products; see `kernels.linear_with_chain`."""
         self.cast = CastTensors()
         self._cast_slots = (
-            _slots_to_cast(method.slots_at(path, shape)) if kind is LinearLayer else ()
+            _slots_to_cast(method.slots_at(path, shape))
+            if kind in (LinearLayer, QuantisedLayer)
+            else ()
         )
         self._start_sample: dict[str, Tensor] = {}
         self._squares: tuple[Version, Tensor] | None = None
@@ -158,7 +161,7 @@ class Branch(nn.Module):
         """Multiplies the adapter's change of the module by `scale` from now on."""
         self.scale, self._kept_pair = scale, None
 
-    def change(self, weight: Tensor, for_inference: bool = False) -> LinearChange:
+    def change(self, weight: Weight, for_inference: bool = False) -> LinearChange:
         """Returns what the adapter does to a linear layer of this weight (outputs, inputs).
 
         Args:
@@ -197,8 +200,10 @@ class Branch(nn.Module):
     # A gain (DoRA) reads the squares ‖w_j‖² of the weight's rows, and costs a product with the
     # weight. They are kept as long as nothing changes. A compiler cannot ask whether it has.
 
-    def _frozen(self, weight: Tensor) -> FrozenWeight:
+    def _frozen(self, weight: Weight) -> FrozenWeight:
         """Returns the weight for members, with the squares of its rows if they are kept."""
+        if not isinstance(weight, Tensor):
+            return weight
         matrix = FrozenWeight(weight.detach())
         if self._squares is not None and not torch.compiler.is_compiling():
             version, squares = self._squares
@@ -206,27 +211,28 @@ class Branch(nn.Module):
                 matrix.squares = squares
         return matrix
 
-    def _keep_squares(self, weight: Tensor, matrix: FrozenWeight) -> None:
-        if "squares" not in vars(matrix) or torch.compiler.is_compiling():
+    def _keep_squares(self, weight: Weight, matrix: FrozenWeight) -> None:
+        if matrix is weight or "squares" not in vars(matrix) or torch.compiler.is_compiling():
             return
         if self._squares is None or self._squares[1] is not matrix.squares:
-            version = Version.of(weight)
+            version = Version.of(tensor_of(weight))
             self._squares = None if version is None else (version, matrix.squares)
 
-    def _pair_kept_over(self, weight: Tensor) -> CastPair | None:
+    def _pair_kept_over(self, weight: Weight) -> CastPair | None:
         """Returns the pair that inference keeps, if nothing has changed since."""
         if self._kept_pair is None:
             return None
         version, of_adapter, pair = self._kept_pair
-        is_still = version.is_still(weight) and of_adapter.is_still(*self.tensors().values())
-        return pair if is_still else None
+        if not version.is_still(tensor_of(weight)):
+            return None
+        return pair if of_adapter.is_still(*self.tensors().values()) else None
 
-    def _keep_pair(self, weight: Tensor, pair: CastPair) -> None:
+    def _keep_pair(self, weight: Weight, pair: CastPair) -> None:
         """Keeps the pair of an adapter that does not train."""
         parameters = self.tensors().values()
         if pair.gain_minus_one is None or any(p.requires_grad for p in parameters):
             return
-        version = Version.of(weight)
+        version = Version.of(tensor_of(weight))
         # A GPU would have to be waited for to compare values.
         of_adapter = Copied.of(*parameters) or Version.of(*parameters)
         if version is not None and of_adapter is not None:

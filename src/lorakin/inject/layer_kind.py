@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorakin.family import FrozenWeight, Pair, Shape
 from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject.attachments import attachments_or_none
+from lorakin.kernels.weight_source import Weight
 
 
 class LayerKind:
@@ -45,6 +46,20 @@ class LayerKind:
         if (attached := attachments_or_none(module)) is not None:
             weight = attached.base_before_merge.get("weight", weight)
         return cls.matrix(weight.detach())
+
+    @staticmethod
+    def weight_for_kernel(module: Any, library_forward: Any, x: Any) -> Weight | None:
+        """Returns the weight by which `kernels.adapted_linear` multiplies x.
+
+        Args:
+            module: an adapted module.
+            library_forward: the forward of its class before it was adapted.
+            x: the module's input.
+
+        Returns:
+            None if no kernel computes this layer for this input.
+        """
+        return None
 
     @staticmethod
     def dtype(module: Any, x: Tensor) -> torch.dtype:

@@ -16,10 +16,12 @@ from torch.nn.parameter import UninitializedParameter
 
 from lorakin.family import FrozenWeight, Pair, Shape, UnadaptedModule
 from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
-from lorakin.inject import quantised
+from lorakin.inject import quantised, quantised_products
 from lorakin.inject.convolutions import ConvolutionLayer, PeftGroupedConvolution
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.inject.layer_kind import LayerKind
+from lorakin.kernels import adapted_linear
+from lorakin.kernels.weight_source import Weight
 
 __all__ = [
     "KINDS",
@@ -61,6 +63,13 @@ class LinearLayer(LayerKind):
         return matrix
 
     @staticmethod
+    def weight_for_kernel(module: Any, library_forward: Any, x: Any) -> Weight | None:
+        weight: Tensor | None = module._parameters.get("weight")
+        if library_forward is not nn.Linear.forward or not adapted_linear.applies(x, weight):
+            return None
+        return weight
+
+    @staticmethod
     def low_rank_product(module: nn.Linear, x: Tensor, pair: Pair) -> Tensor:
         return F.linear(F.linear(x, pair.down), pair.up)
 
@@ -83,6 +92,10 @@ class QuantisedLayer(LinearLayer):
         return quantised.packed_weight(module)
 
     @staticmethod
+    def weight_for_kernel(module: Any, library_forward: Any, x: Any) -> Weight | None:
+        return quantised_products.weight_source(module, library_forward, x)
+
+    @staticmethod
     def dtype(module: Any, x: Tensor) -> torch.dtype:
         return x.dtype
 
@@ -103,6 +116,10 @@ class ExpertLayer(LinearLayer):
     """One matrix of a stack of experts; see `experts.py`. Its module is never called."""
 
     modules: ClassVar[tuple[type[nn.Module], ...]] = (ExpertMatrix,)
+
+    @staticmethod
+    def weight_for_kernel(module: Any, library_forward: Any, x: Any) -> Weight | None:
+        return None
 
     @staticmethod
     def shape(module: Any) -> Shape:

@@ -34,6 +34,7 @@ from lorakin.kernels.linear_with_chain import linear_with_chain
 from lorakin.kernels.linear_with_dropped_gain import LinearWithDroppedGain
 from lorakin.kernels.recomputation import Recomputation
 from lorakin.kernels.thin_products import minus_one, scaled_product, sum_of_rows
+from lorakin.kernels.weight_source import Weight, WeightSource, kept_form
 
 LEAST_DIVISOR = 2**-4
 """A gain below this leaves too few digits in the output to divide by it."""
@@ -86,7 +87,7 @@ def applies(x: Any, weight: Any) -> bool:
 
 def adapted_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     change: LinearChange,
     dropout: float = 0.0,
@@ -96,14 +97,15 @@ def adapted_linear(
 
     Args:
         x: (…, inputs).
-        weight: (outputs, inputs), the base's.
+        weight: (outputs, inputs), the base's; of a quantised layer a `WeightSource`.
         bias: (outputs,) or None.
         change: what the adapter does. A `CastPair` has no gradients and no dropout.
         dropout: the probability of zeroing an entry of the adapter's input.
         group: a name that modules have in common which may share `down x` of a `Chain`.
 
     Returns:
-        (…, outputs), in autocast's dtype if that is on, else in the dtype of x.
+        (…, outputs), in autocast's dtype if that is on, else in the dtype of x. Quantised layers
+        return the dtype of x, also under autocast.
 
     >>> x, weight = torch.ones(2, 3), torch.eye(3)
     >>> pair = Pair(up=torch.ones(3, 1), down=torch.ones(1, 3))
@@ -112,20 +114,31 @@ def adapted_linear(
             [2.5000, 2.5000, 2.5000]])
     """
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    is_quantised, autocast = isinstance(weight, WeightSource), torch.is_autocast_enabled(kind)
+    if not (is_quantised or autocast):
         return _dispatch(x, x, weight, bias, change, dropout, group)
 
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
     cast_bias = None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        cast_x, cast_weight = x.to(dtype), weight.to(dtype)
-        return _dispatch(x, cast_x, cast_weight, cast_bias, change, dropout, group)
+        cast_x, cast_weight = _cast_input(x, dtype), weight.to(dtype)
+        y = _dispatch(x, cast_x, cast_weight, cast_bias, change, dropout, group)
+        return y.to(x.dtype) if is_quantised else y
+
+
+def _cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x in `dtype`; where that is wider, autograd keeps x, and the backward casts it."""
+    cast = x.to(dtype)
+    if cast is x or dtype.itemsize <= x.dtype.itemsize:
+        return cast
+    make, parts, _ = Recomputation.of(x)
+    return Recomputation.attach(cast, lambda *parts: make(*parts).to(dtype), parts)
 
 
 def _dispatch(
     given: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     change: LinearChange,
     dropout: float,
@@ -175,7 +188,7 @@ class LinearWithPair(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         up: Tensor,
         down: Tensor,
@@ -207,13 +220,14 @@ class LinearWithPair(torch.autograd.Function):
         parts = recipe.parts if needs_gain else ()
         if needs_weight or needs_down:
             parts = recipe.parts_to_keep()
-        ctx.save_for_backward(hidden, weight, bias, up, down, gain, gain_minus_one, kept, *parts)
+        stored, ctx.unpack = kept_form(weight)
+        ctx.save_for_backward(hidden, stored, bias, up, down, gain, gain_minus_one, kept, *parts)
         return y
 
     @staticmethod
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, up, down, gain, gain_minus_one, kept, *parts = ctx.saved_tensors
+        hidden, stored, bias, up, down, gain, gain_minus_one, kept, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_up, needs_down, needs_gain, *_ = (
             ctx.needs_input_grad
         )
@@ -222,15 +236,16 @@ class LinearWithPair(torch.autograd.Function):
 
         def rows() -> Tensor:
             x: Tensor = ctx.make(*parts)
-            return x.reshape(len(delta), weight.shape[1])
+            return x.reshape(len(delta), down.shape[1])
 
         for_bias = delta.sum(0) if needs_bias else None
-        for_gain = None
+        for_gain = weight = None
         if needs_gain:
             if ctx.keeps_multiplied:
                 for_gain = sum_of_rows(delta * kept.view(delta.shape), gain.dtype)
             elif ctx.was_overwritten() or _is_small(gain):
                 # Then the output does not tell what the gain multiplied: compute that again.
+                weight = ctx.unpack(stored)
                 multiplied = (rows() @ weight.T).addmm_(hidden, up.T, alpha=scale)
                 for_gain = sum_of_rows(delta * multiplied, gain.dtype)
             else:
@@ -255,6 +270,7 @@ class LinearWithPair(torch.autograd.Function):
 
         for_x = None
         if needs_x:
+            weight = ctx.unpack(stored) if weight is None else weight
             if drop is None:
                 for_x = (delta @ weight).addmm_(back, down, alpha=scale)
             else:

@@ -116,4 +116,7 @@ class DroppedProduct(torch.autograd.Function):
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (down,) = ctx.saved_tensors
-        return ctx.drop.zeroed(grad @ (down * ctx.drop.scale)), None, None
+        rows = grad.reshape(-1, len(down))
+        back = rows.new_empty(len(rows), down.shape[1])
+        back.addmm_(rows, down, beta=0, alpha=ctx.drop.scale)
+        return ctx.drop.zeroed(back.view(*grad.shape[:-1], down.shape[1])), None, None

@@ -21,12 +21,13 @@ from lorakin.family import Chain
 from lorakin.kernels.autograd import Version, backward_once, is_capturing
 from lorakin.kernels.base_linear import base_linear
 from lorakin.kernels.dropout import DropoutDraw, DroppedProduct
+from lorakin.kernels.weight_source import Weight, WeightSource, kept_form
 
 
 def linear_with_chain(
     given: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     chain: Chain,
     dropout: float,
@@ -64,6 +65,7 @@ def linear_with_chain(
     # For many tokens one product with the changed weight takes fewer operations than two beside it.
     tokens = x.numel() // inputs
     merged = not dropout and 2 * inputs * outputs < tokens * (2 * outputs + inputs)
+    merged = merged and not (isinstance(weight, WeightSource) and not weight.is_exact)
     narrow_up = up.narrowed(weight)[:outputs]
     return LinearWithChain.apply(x, u, weight, bias, outer, narrow_up, inner, narrow_down, merged)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -81,7 +83,7 @@ class FrozenMatrixCache:
         self.seen: Version | None = None
         self.products: dict[str, tuple[Any, ...]] = {}
 
-    def narrowed(self, like: Tensor) -> Tensor:
+    def narrowed(self, like: Weight) -> Tensor:
         """Returns the matrix in the dtype and on the device of `like`.
 
         Without gradients it is cast each time, since somebody may write through `.data`.
@@ -163,7 +165,7 @@ class LinearWithChain(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         u: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         outer: Tensor,
         up: Tensor,
@@ -173,9 +175,12 @@ class LinearWithChain(torch.autograd.Function):
     ) -> Tensor:
         ctx.merged = merged
         x_for_weight = x if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(x_for_weight, u, weight, outer, up, inner, down)
+        stored, ctx.unpack = kept_form(weight)
+        ctx.is_unpacked = isinstance(weight, WeightSource)
+        ctx.save_for_backward(x_for_weight, u, stored, outer, up, inner, down)
         if merged:
-            return base_linear(x, _merged(weight, outer, up, inner, down), bias)
+            factors = outer, up, inner, down
+            return base_linear(x, _merged(ctx.unpack(stored), ctx.is_unpacked, *factors), bias)
 
         y = base_linear(x, weight, bias)
         flat = y.view(-1, y.shape[-1])
@@ -190,19 +195,21 @@ class LinearWithChain(torch.autograd.Function):
     @staticmethod
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, weight, outer, up, inner, down = ctx.saved_tensors
+        x, u, stored, outer, up, inner, down = ctx.saved_tensors
         needs_x, needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         delta = grad.reshape(-1, grad.shape[-1])
 
-        for_weight = delta.T @ x.reshape(len(delta), weight.shape[1]) if needs_weight else None
+        for_weight = delta.T @ x.reshape(len(delta), down.shape[1]) if needs_weight else None
         for_bias = delta.sum(0) if needs_bias else None
         common = ((delta.T @ u.reshape(len(delta), len(inner))) * up).to(outer.dtype)
         for_outer, for_inner = common @ inner, common.T @ outer
 
         for_x = for_u = None
         if needs_x:
-            effective = _merged(weight, outer, up, inner, down) if ctx.merged else weight
-            for_x = (delta @ effective).view(*grad.shape[:-1], weight.shape[1])
+            effective = ctx.unpack(stored)
+            if ctx.merged:
+                effective = _merged(effective, ctx.is_unpacked, outer, up, inner, down)
+            for_x = (delta @ effective).view(*grad.shape[:-1], down.shape[1])
         if needs_u and not ctx.merged:
             for_u = ((delta @ _scaled(outer, up)) * inner.to(u.dtype)).view(u.shape)
         return for_x, for_u, for_weight, for_bias, for_outer, None, for_inner, None, None
@@ -213,5 +220,8 @@ def _scaled(outer: Tensor, up: Tensor) -> Tensor:
     return (outer.unsqueeze(1) * up).to(up.dtype)
 
 
-def _merged(weight: Tensor, outer: Tensor, up: Tensor, inner: Tensor, down: Tensor) -> Tensor:
-    return torch.addmm(weight, _scaled(outer, up), inner.to(down.dtype).unsqueeze(1) * down)
+def _merged(
+    weight: Tensor, may_overwrite: bool, outer: Tensor, up: Tensor, inner: Tensor, down: Tensor
+) -> Tensor:
+    factors = _scaled(outer, up), inner.to(down.dtype).unsqueeze(1) * down
+    return weight.addmm_(*factors) if may_overwrite else torch.addmm(weight, *factors)

@@ -19,6 +19,7 @@ from lorakin.kernels.base_linear import base_linear
 from lorakin.kernels.dropout import DropoutDraw
 from lorakin.kernels.recomputation import Recomputation
 from lorakin.kernels.thin_products import minus_one, scaled_product, sum_of_rows
+from lorakin.kernels.weight_source import Weight, kept_form
 
 
 class LinearWithDroppedGain(torch.autograd.Function):
@@ -31,7 +32,7 @@ class LinearWithDroppedGain(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         up: Tensor,
         down: Tensor,
@@ -44,7 +45,7 @@ class LinearWithDroppedGain(torch.autograd.Function):
         dropped = drop.zeroed(x.reshape(-1, x.shape[-1]))
         hidden = dropped @ down.T
 
-        v = (dropped @ weight.T).addmm_(hidden, up.T, alpha=scale)
+        v = base_linear(dropped, weight, None).addmm_(hidden, up.T, alpha=scale)
         y = base_linear(x, weight, bias)
         flat = y.view(-1, y.shape[-1])
         flat.addmm_(hidden, up.T, alpha=drop.scale * scale)
@@ -55,13 +56,14 @@ class LinearWithDroppedGain(torch.autograd.Function):
         ctx.make = recipe.make
         parts = recipe.parts_to_keep() if needs_weight or needs_down else ()
         kept = v if needs_gain else None
-        ctx.save_for_backward(hidden, weight, up, down, gain_minus_one, kept, *parts)
+        stored, ctx.unpack = kept_form(weight)
+        ctx.save_for_backward(hidden, stored, up, down, gain_minus_one, kept, *parts)
         return y
 
     @staticmethod
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, up, down, gain_minus_one, v, *parts = ctx.saved_tensors
+        hidden, stored, up, down, gain_minus_one, v, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_up, needs_down, needs_gain, *_ = (
             ctx.needs_input_grad
         )
@@ -77,7 +79,7 @@ class LinearWithDroppedGain(torch.autograd.Function):
 
         for_down = for_weight = entries = None
         if needs_down or needs_weight:
-            rows = ctx.make(*parts).reshape(len(delta), weight.shape[1])
+            rows = ctx.make(*parts).reshape(len(delta), down.shape[1])
             entries = drop.entries(rows)
             dropped = drop.zeroed(rows, entries)
             if needs_down:
@@ -87,6 +89,7 @@ class LinearWithDroppedGain(torch.autograd.Function):
 
         for_x = None
         if needs_x:
+            weight = ctx.unpack(stored)
             through = (delta_less @ weight).addmm_(back, down, alpha=ctx.scale)
             for_x = drop.zeroed(through, entries).addmm_(delta, weight, beta=factor)
             for_x = for_x.view(*grad.shape[:-1], weight.shape[1])

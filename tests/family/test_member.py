@@ -24,6 +24,7 @@ from lorakin.family import (
     UnadaptedModule,
     member_named,
 )
+from lorakin.family.pair import ScaledPair
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Gained(Parametrisation):
     def change(self, tensors: Mapping[str, Tensor]) -> LowRank:
         return LowRank(tensors["B"], tensors["A"])
 
-    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: object) -> Tensor:
+    def gain(self, change: ScaledPair, tensors: Mapping[str, Tensor], weight: object) -> Tensor:
         return tensors["g"]
 
 

@@ -77,6 +77,9 @@ def install() -> None:
     _install_data_parallel(torch)
     _import_hidden(torch)
     interpreted.install()
+    from gpu import plain_operators
+
+    torch.cuda._lorakin_plain_operators = plain_operators.install()
 
 
 def _index(native: Any, device: Any = None) -> int:

@@ -109,13 +109,13 @@ def kernels_of_a_layer(method: str) -> tuple[float, float]:
 
 CEILINGS = {
     "lora": (3, 5),
-    "lora, dropout": (5, 8),
+    "lora, dropout": (3, 5),
     "lora+": (3, 5),
     "lora-fa": (3, 4),
     "vera": (6, 9),
-    "vera, dropout": (8, 13),
-    "dora": (13, 12),
-    "dora, dropout": (17, 16),
+    "vera, dropout": (6, 12),
+    "dora": (10, 11),
+    "dora, dropout": (13, 12),
     "adalora": (4, 8),
     "lora-drop": (3, 5),
     "delta-lora": (8, 9),

@@ -17,8 +17,9 @@ Norm:     in float32 at least. CPUs do not form V where that is accurate:
 
               n_j² = ‖w_j‖² + 2 · up_j · (down w_jᵀ) + up_j (down downᵀ) up_jᵀ
 
-          A row that the pair nearly cancels is measured directly. GPUs, which would have to wait to
-          learn which rows these are, form V in the dtype of W0.
+          A row that the pair nearly cancels is measured directly. GPUs would have to wait to learn
+          which rows these are: there a kernel forms V block by block (kernels/triton_gain.py), or
+          torch forms it in the dtype of W0.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.member import Modifier
-from lorakin.family.pair import Pair, Tensors
+from lorakin.family.pair import ScaledPair, Tensors
 from lorakin.family.precision import wide_dtype
 from lorakin.family.rule import AdaptedModule
 from lorakin.family.sharding import is_sharded
@@ -86,9 +87,10 @@ class DoRA(Modifier):
         return amended
 
     def gain(
-        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
+        self, change: ScaledPair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
     ) -> Tensor:
-        m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
+        (up, down, _), scale = change
+        m, n = tensors["m"], row_norms(weight, up, down, scale)
         is_zero = n == 0
         return (m / n.masked_fill_(is_zero, 1)).masked_fill_(is_zero, 1)
 
@@ -112,14 +114,17 @@ def _is_at_start(module: AdaptedModule) -> bool:
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor | FrozenWeight, up: Tensor, down: Tensor) -> Tensor:
-    """Returns ‖w_j + up_j·down‖ of every row j, (out,), as a constant.
+def row_norms(
+    weight: Tensor | FrozenWeight, up: Tensor, down: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Returns ‖w_j + scale·up_j·down‖ of every row j, (out,), as a constant.
 
     Args:
         weight: (out, in), any floating dtype. A `FrozenWeight`, which training keeps, remembers
             ‖w_j‖² and rounds `down` to the weight's dtype before multiplying, as the forward does.
         up: (out, k).
         down: (k, in).
+        scale: a factor of the product.
 
     Returns:
         The norms, in the widest dtype of weight and pair, at least float32.
@@ -131,12 +136,9 @@ def row_norms(weight: Tensor | FrozenWeight, up: Tensor, down: Tensor) -> Tensor
     with torch.autocast(matrix.device.type, enabled=False):
         # Choosing rows by their values would break a compiler's graph, and wait for a GPU.
         if torch.compiler.is_compiling() or matrix.device.type != "cpu":
-            up, down = up.to(matrix.dtype), down.to(matrix.dtype)
-            formed = torch.addmm(matrix.matrix, up, down)
-            norms: Tensor = torch.linalg.vector_norm(formed, dim=1, dtype=dtype)
-            return norms
+            return matrix.changed_row_norms(up, down, scale)
 
-        up, down = up.to(dtype), down.to(dtype)
+        up, down = scale * up.to(dtype), down.to(dtype)
         base_squares = matrix.squares
         if isinstance(weight, Tensor):
             cross = torch.cat([rows.to(dtype) @ down.T for rows in matrix.blocks()])

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakin.errors import SettingError
 from lorakin.family.change import Change
 from lorakin.family.measure import GRADIENTS, INPUTS, NEEDS, Collector, UnadaptedModule
-from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.pair import Pair, ScaledPair, Shape, Tensors
 from lorakin.family.probe import Probe
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_pair_settings, check_rank, to_whole_number
@@ -104,7 +104,7 @@ class Member(ABC):
         return {name: value for name, value in common.items() if name in cls.setting_names()}
 
     def gain(
-        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
+        self, change: ScaledPair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
     ) -> Tensor | None:
         """Returns the gain (outputs,) over the weight (outputs, inputs) and pair, if it has one."""
         return None

@@ -315,9 +315,8 @@ class Method:
         """Returns the pair, with the gain of the member that sets one."""
         if self._member_with_gain is None:
             return pair
-        # A gain takes the pair's norm as a constant (DoRA, section 4.3), so `up` needs no gradient.
-        scaled = pair if scale == 1 else pair._replace(up=scale * pair.up.detach())
-        return pair._replace(gain=self._member_with_gain.gain(scaled, tensors, weight))
+        change = ScaledPair(pair, scale)
+        return pair._replace(gain=self._member_with_gain.gain(change, tensors, weight))
 
     @property
     def has_gain(self) -> bool:

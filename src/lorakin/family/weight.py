@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from lorakin.family.precision import wide_dtype
 
 BLOCK = 1 << 20
 """How many elements of a weight are processed at a time."""
+
+
+RowNorms = Callable[[Tensor, Tensor, Tensor, float], Tensor | None]
 
 
 class FrozenWeight:
@@ -45,6 +49,22 @@ class FrozenWeight:
     def product(self, down: Tensor) -> Tensor:
         """Returns W0·downᵀ (outputs, k), in the dtype in which the forward multiplies."""
         return self.matrix @ down.to(self.dtype).T
+
+    row_norm_kernels: ClassVar[list[RowNorms]] = []
+    """Faster ways to `changed_row_norms`, which kernels/ adds; None where one does not apply."""
+
+    def changed_row_norms(self, up: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
+        """Returns ‖w_j + scale·up_j·down‖ of every row j, (outputs,), in float32 at least.
+
+        It forms the sum, and decides nothing by values, for which a GPU would have to wait.
+        """
+        up, down = up.to(self.dtype), down.to(self.dtype)
+        for kernel in self.row_norm_kernels:
+            if (by_kernel := kernel(self.matrix, up, down, scale)) is not None:
+                return by_kernel
+        formed = torch.addmm(self.matrix, up, down, alpha=scale)
+        norms: Tensor = torch.linalg.vector_norm(formed, dim=1, dtype=wide_dtype(self.dtype))
+        return norms
 
     def rows(self, mask: Tensor) -> Tensor:
         """Returns the rows that a mask (outputs,) selects."""

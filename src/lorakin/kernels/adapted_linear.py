@@ -30,10 +30,11 @@ from lorakin.family.pair import ScaledPair
 from lorakin.kernels.autograd import PLAIN_TYPES, backward_once, runs_eagerly
 from lorakin.kernels.base_linear import base_linear
 from lorakin.kernels.dropout import DropoutDraw
+from lorakin.kernels.gained import gain_gradient, minus_one
 from lorakin.kernels.linear_with_chain import linear_with_chain
 from lorakin.kernels.linear_with_dropped_gain import LinearWithDroppedGain
 from lorakin.kernels.recomputation import Recomputation
-from lorakin.kernels.thin_products import minus_one, scaled_product, sum_of_rows
+from lorakin.kernels.thin_products import scaled_product
 from lorakin.kernels.weight_source import Weight, WeightSource, kept_form
 
 LEAST_DIVISOR = 2**-4
@@ -199,7 +200,7 @@ class LinearWithPair(torch.autograd.Function):
         ctx.drop, ctx.scale = drop, scale if drop is None else scale * drop.scale
         _, needs_weight, _, _, needs_down, needs_gain, *_ = ctx.needs_input_grad
         rows = x.reshape(-1, x.shape[-1])
-        hidden = (rows if drop is None else drop.zeroed(rows)) @ down.T
+        hidden = rows @ down.T if drop is None else drop.product(rows, down)
 
         ctx.keeps_multiplied = needs_gain and bias is not None and x.device.type != "cpu"
         y = base_linear(x, weight, None if ctx.keeps_multiplied else bias)
@@ -241,19 +242,21 @@ class LinearWithPair(torch.autograd.Function):
         for_bias = delta.sum(0) if needs_bias else None
         for_gain = weight = None
         if needs_gain:
+            divisor = None
             if ctx.keeps_multiplied:
-                for_gain = sum_of_rows(delta * kept.view(delta.shape), gain.dtype)
+                multiplied, offset = kept, None
             elif ctx.was_overwritten() or _is_small(gain):
                 # Then the output does not tell what the gain multiplied: compute that again.
                 weight = ctx.unpack(stored)
-                multiplied = (rows() @ weight.T).addmm_(hidden, up.T, alpha=scale)
-                for_gain = sum_of_rows(delta * multiplied, gain.dtype)
+                multiplied, offset = (rows() @ weight.T).addmm_(hidden, up.T, alpha=scale), None
             else:
-                multiplied = kept.view(delta.shape)
-                multiplied = multiplied if bias is None else multiplied - bias
                 # Where a gain is 0, so is the sum.
-                for_gain = sum_of_rows(delta * multiplied, gain.dtype) / (gain + NO_ZERO)
-        if gain_minus_one is not None:
+                multiplied, offset, divisor = kept, bias, gain + NO_ZERO
+            for_gain, delta = gain_gradient(
+                delta, multiplied.view(delta.shape), offset, gain_minus_one, gain.dtype
+            )
+            for_gain = for_gain if divisor is None else for_gain / divisor
+        elif gain_minus_one is not None:
             delta = torch.addcmul(delta, delta, gain_minus_one)
 
         for_weight = delta.T @ rows() if needs_weight else None
@@ -261,12 +264,12 @@ class LinearWithPair(torch.autograd.Function):
 
         back = delta @ up
         for_down = dropped = None
-        if needs_down:
+        if needs_down and drop is None:
+            for_down = scaled_product(back, rows(), scale)
+        elif needs_down:
             inputs = rows()
-            if drop is not None:
-                dropped = drop.entries(inputs)
-                inputs = drop.zeroed(inputs, dropped)
-            for_down = scaled_product(back, inputs, scale)
+            dropped = drop.entries(inputs)
+            for_down = drop.down_gradient(back, inputs, scale, dropped)
 
         for_x = None
         if needs_x:
@@ -274,9 +277,7 @@ class LinearWithPair(torch.autograd.Function):
             if drop is None:
                 for_x = (delta @ weight).addmm_(back, down, alpha=scale)
             else:
-                through = delta.new_empty(len(delta), weight.shape[1])
-                through.addmm_(back, down, beta=0, alpha=scale)
-                for_x = drop.zeroed(through, dropped).addmm_(delta, weight)
+                for_x = drop.input_gradient(delta, weight, back, down, scale, dropped)
             for_x = for_x.view(*grad.shape[:-1], weight.shape[1])
         return for_x, for_weight, for_bias, for_up, for_down, for_gain, None, None
 

@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lorakin.kernels import triton_operators
 from lorakin.kernels.autograd import backward_once, is_capturing
+from lorakin.kernels.thin_products import scaled_product
 
 
 class DropoutDraw(abc.ABC):
@@ -30,7 +31,9 @@ class DropoutDraw(abc.ABC):
         """Returns a draw with probability `p`, its seed from the CPU's default generator."""
         if is_capturing():
             return DropoutInGraph(p, 0)
-        kind = DropoutByGaps if device.type == "cpu" else DropoutByMask
+        kind: type[DropoutDraw] = DropoutByGaps
+        if device.type != "cpu":
+            kind = DropoutInKernels if triton_operators.are_usable(device) else DropoutByMask
         return kind(p, int(torch.randint(1 << 62, (), device="cpu")))
 
     @property
@@ -45,6 +48,32 @@ class DropoutDraw(abc.ABC):
     @abc.abstractmethod
     def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
         """Returns a copy of `x` with zeros at the dropped entries; nothing is scaled."""
+
+    # The products of an adapter with its dropped input x̃. No factor 1 / (1 − p) is in them.
+
+    def product(self, x: Tensor, down: Tensor) -> Tensor:
+        """Returns x̃ downᵀ, (rows, k), for x (rows, inputs) and down (k, inputs)."""
+        return self.zeroed(x) @ down.T
+
+    def down_gradient(
+        self, back: Tensor, x: Tensor, scale: float, entries: Tensor | None = None
+    ) -> Tensor:
+        """Returns scale · backᵀ x̃, (k, inputs), for back (rows, k) and x (rows, inputs)."""
+        return scaled_product(back, self.zeroed(x, entries), scale)
+
+    def input_gradient(
+        self,
+        delta: Tensor,
+        weight: Tensor,
+        back: Tensor,
+        down: Tensor,
+        scale: float,
+        entries: Tensor | None = None,
+    ) -> Tensor:
+        """Returns δ W0, and scale · back down where x was kept: (rows, inputs)."""
+        through = delta.new_empty(len(delta), weight.shape[1])
+        through.addmm_(back, down, beta=0, alpha=scale)
+        return self.zeroed(through, entries).addmm_(delta, weight)
 
 
 class DropoutByGaps(DropoutDraw):
@@ -103,6 +132,62 @@ class DropoutInGraph(DropoutByMask):
         return self.mask
 
 
+class DropoutInKernels(DropoutDraw):
+    """Dropout for GPUs with Triton: each kernel computes again what is dropped, none is written.
+
+    The probability is rounded to a whole number of 65536ths.
+    """
+
+    @property
+    def threshold(self) -> int:
+        """What a random number below 65536 must reach for its entry to be kept."""
+        return min(65535, round(self.p * 65536))
+
+    @property
+    def scale(self) -> float:
+        return 65536 / (65536 - self.threshold)
+
+    def entries(self, like: Tensor) -> Tensor:
+        return like.new_empty(0)  # the kernels need none
+
+    def zeroed(self, x: Tensor, entries: Tensor | None = None) -> Tensor:
+        zeroed: Tensor = torch.ops.lorakin.zeroed(x, self.seed, self.threshold)
+        return zeroed
+
+    def product(self, x: Tensor, down: Tensor) -> Tensor:
+        if not triton_operators.fit(x, down, rank=len(down)):
+            return super().product(x, down)
+        product: Tensor = torch.ops.lorakin.dropped_product(x, down, self.seed, self.threshold)
+        return product
+
+    def down_gradient(
+        self, back: Tensor, x: Tensor, scale: float, entries: Tensor | None = None
+    ) -> Tensor:
+        if not triton_operators.fit(back, x, rank=back.shape[1]):
+            return super().down_gradient(back, x, scale, entries)
+        gradient: Tensor = torch.ops.lorakin.dropped_down_gradient(
+            back, x, scale, self.seed, self.threshold
+        )
+        return gradient
+
+    def input_gradient(
+        self,
+        delta: Tensor,
+        weight: Tensor,
+        back: Tensor,
+        down: Tensor,
+        scale: float,
+        entries: Tensor | None = None,
+    ) -> Tensor:
+        if not triton_operators.fit(delta, weight, back, down, rank=len(down)):
+            return super().input_gradient(delta, weight, back, down, scale, entries)
+        for_x = delta @ weight
+        torch.ops.lorakin.add_dropped_input_gradient(
+            for_x, back, down, scale, self.seed, self.threshold
+        )
+        return for_x
+
+
 class DroppedProduct(torch.autograd.Function):
     """down x̃ for x (…, inputs) and a frozen down (k, inputs); keeps nothing but `down`."""
 
@@ -110,7 +195,8 @@ class DroppedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, down: Tensor, drop: DropoutDraw) -> Tensor:
         ctx.drop = drop
         ctx.save_for_backward(down)
-        return F.linear(drop.zeroed(x), down * drop.scale)
+        flat = drop.product(x.reshape(-1, x.shape[-1]), down * drop.scale)
+        return flat.view(*x.shape[:-1], len(down))
 
     @staticmethod
     @backward_once

@@ -17,8 +17,9 @@ from torch import Tensor
 from lorakin.kernels.autograd import backward_once
 from lorakin.kernels.base_linear import base_linear
 from lorakin.kernels.dropout import DropoutDraw
+from lorakin.kernels.gained import dropped_gain_gradient, minus_one
 from lorakin.kernels.recomputation import Recomputation
-from lorakin.kernels.thin_products import minus_one, scaled_product, sum_of_rows
+from lorakin.kernels.thin_products import scaled_product
 from lorakin.kernels.weight_source import Weight, kept_form
 
 
@@ -70,10 +71,16 @@ class LinearWithDroppedGain(torch.autograd.Function):
         drop, factor = ctx.drop, ctx.drop.scale
         delta = grad.reshape(-1, grad.shape[-1])
         for_bias = delta.sum(0) if needs_bias else None
-        for_gain = sum_of_rows(delta * v, ctx.gain_dtype).mul_(factor) if needs_gain else None
+        for_gain = None
+        if needs_gain:
+            for_gain, delta_gained, delta_less = dropped_gain_gradient(
+                delta, v, gain_minus_one, ctx.gain_dtype
+            )
+            for_gain.mul_(factor)
+        else:
+            delta_less = delta * gain_minus_one
+            delta_gained = delta + delta_less
 
-        delta_less = delta * gain_minus_one
-        delta_gained = delta + delta_less
         for_up = scaled_product(delta_gained, hidden, factor * ctx.scale) if needs_up else None
         back = delta_gained @ up
 
@@ -81,10 +88,10 @@ class LinearWithDroppedGain(torch.autograd.Function):
         if needs_down or needs_weight:
             rows = ctx.make(*parts).reshape(len(delta), down.shape[1])
             entries = drop.entries(rows)
-            dropped = drop.zeroed(rows, entries)
             if needs_down:
-                for_down = scaled_product(back, dropped, factor * ctx.scale)
+                for_down = drop.down_gradient(back, rows, factor * ctx.scale, entries)
             if needs_weight:
+                dropped = drop.zeroed(rows, entries)
                 for_weight = (delta.T @ rows).addmm_(delta_less.T, dropped, alpha=factor)
 
         for_x = None

@@ -1,18 +1,9 @@
-"""Small parts of the kernels for linear layers: thin products, sums of rows, gains near 1."""
+"""Small parts of the kernels for linear layers: thin products and sums of rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def minus_one(gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns g − 1 in `dtype`, computed in the dtype of `gain`; it has no gradient.
-
-    >>> minus_one(torch.tensor([1.001]), torch.bfloat16)
-    tensor([0.0010], dtype=torch.bfloat16)
-    """
-    return torch.sub(gain.detach(), 1, out=torch.empty_like(gain, dtype=dtype))
 
 
 def sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,163 @@
+"""Dropout inside Triton kernels: what is dropped is computed from the seed where it is needed.
+
+A mask that a kernel writes and another reads costs as much memory traffic as the input itself, and
+an adapter's product with the input does little else than read it. So each kernel here draws for
+itself. `kernels/triton_operators.py` launches them.
+
+Philox with 7 rounds, the fewest that pass all of TestU01 ("Parallel Random Numbers: As Easy as
+1, 2, 3", 2011), gives four words for a row and eight columns. Each half word decides one entry.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROUNDS: tl.constexpr = tl.constexpr(7)
+GROUP: tl.constexpr = tl.constexpr(8)
+"""The columns that one draw of four words decides."""
+
+
+@triton.jit
+def is_kept(seed: tl.tensor, threshold: tl.tensor, rows: tl.tensor, groups: tl.tensor) -> tl.tensor:
+    """Returns which entries are kept, (ROWS, 8 · GROUPS), for rows (ROWS,) and groups (GROUPS,)."""
+    row, group = rows[:, None], groups[None, :]
+    zero = tl.zeros_like(row + group)
+    first, second, third, fourth = tl.philox(seed, row + zero, group + zero, zero, zero, ROUNDS)
+    words = tl.join(tl.join(first, third), tl.join(second, fourth))  # (…, 2, 2), in order
+    words = words.reshape(rows.shape[0], groups.shape[0] * 4)
+    halves = tl.join(words & 0xFFFF, words >> 16).reshape(rows.shape[0], groups.shape[0] * 8)
+    return halves.to(tl.int32) >= threshold
+
+
+@triton.jit
+def zeroed_kernel(
+    x: tl.tensor,
+    out: tl.tensor,
+    seed: tl.tensor,
+    threshold: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Writes x with zeros at the dropped entries, for a block of ROWS × COLUMNS."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    group = tl.program_id(1) * (COLUMNS // GROUP) + tl.arange(0, COLUMNS // GROUP)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0)
+    values = tl.where(is_kept(seed, threshold, row, group), values, 0.0)
+    tl.store(out + at, values, mask=inside)
+
+
+@triton.jit
+def product_kernel(
+    x: tl.tensor,
+    down: tl.tensor,
+    out: tl.tensor,
+    seed: tl.tensor,
+    threshold: tl.tensor,
+    rows: tl.tensor,
+    inputs: tl.tensor,
+    rank: tl.tensor,
+    ROWS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    """Writes ROWS rows of x̃ downᵀ, (rows, rank), summed in float32."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, RANK)
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for start in range(0, inputs, INPUTS):
+        column = start + tl.arange(0, INPUTS)
+        group = start // GROUP + tl.arange(0, INPUTS // GROUP)
+        inside = (row[:, None] < rows) & (column[None, :] < inputs)
+        at = row[:, None].to(tl.int64) * inputs + column[None, :]
+        values = tl.load(x + at, mask=inside, other=0.0)
+        values = tl.where(is_kept(seed, threshold, row, group), values, 0.0).to(values.dtype)
+        across = tl.load(
+            down + k[None, :] * inputs + column[:, None],
+            mask=(k[None, :] < rank) & (column[:, None] < inputs),
+            other=0.0,
+        )
+        total = tl.dot(values, across, total, input_precision="ieee")
+    at = row[:, None].to(tl.int64) * rank + k[None, :]
+    inside = (row[:, None] < rows) & (k[None, :] < rank)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def down_gradient_kernel(
+    back: tl.tensor,
+    x: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    seed: tl.tensor,
+    threshold: tl.tensor,
+    rows: tl.tensor,
+    inputs: tl.tensor,
+    rank: tl.tensor,
+    ROWS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    """Writes INPUTS columns of scale · backᵀ x̃, (rank, inputs), summed in float32 over all rows."""
+    column = tl.program_id(0) * INPUTS + tl.arange(0, INPUTS)
+    group = tl.program_id(0) * (INPUTS // GROUP) + tl.arange(0, INPUTS // GROUP)
+    k = tl.arange(0, RANK)
+    total = tl.zeros((RANK, INPUTS), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row[:, None] < rows) & (column[None, :] < inputs)
+        at = row[:, None].to(tl.int64) * inputs + column[None, :]
+        values = tl.load(x + at, mask=inside, other=0.0)
+        values = tl.where(is_kept(seed, threshold, row, group), values, 0.0).to(values.dtype)
+        across = tl.load(
+            back + row[None, :].to(tl.int64) * rank + k[:, None],
+            mask=(k[:, None] < rank) & (row[None, :] < rows),
+            other=0.0,
+        )
+        total = tl.dot(across, values, total, input_precision="ieee")
+    at = k[:, None] * inputs + column[None, :]
+    inside = (k[:, None] < rank) & (column[None, :] < inputs)
+    tl.store(out + at, (total * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_input_gradient_kernel(
+    for_x: tl.tensor,
+    back: tl.tensor,
+    down: tl.tensor,
+    scale: tl.tensor,
+    seed: tl.tensor,
+    threshold: tl.tensor,
+    rows: tl.tensor,
+    inputs: tl.tensor,
+    rank: tl.tensor,
+    ROWS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    """Adds scale · back down to a block of for_x, in place, where x was kept."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
+    group = tl.program_id(1) * (INPUTS // GROUP) + tl.arange(0, INPUTS // GROUP)
+    k = tl.arange(0, RANK)
+    left = tl.load(
+        back + row[:, None].to(tl.int64) * rank + k[None, :],
+        mask=(row[:, None] < rows) & (k[None, :] < rank),
+        other=0.0,
+    )
+    right = tl.load(
+        down + k[:, None] * inputs + column[None, :],
+        mask=(k[:, None] < rank) & (column[None, :] < inputs),
+        other=0.0,
+    )
+    product = tl.dot(left, right, input_precision="ieee") * scale
+    product = tl.where(is_kept(seed, threshold, row, group), product, 0.0)
+    inside = (row[:, None] < rows) & (column[None, :] < inputs)
+    at = row[:, None].to(tl.int64) * inputs + column[None, :]
+    values = tl.load(for_x + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(for_x + at, (values + product).to(for_x.dtype.element_ty), mask=inside)

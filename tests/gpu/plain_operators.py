@@ -1,0 +1,73 @@
+"""Our Triton operators in plain torch, for the pretended GPU.
+
+Triton's interpreter takes milliseconds for a block of a kernel, too long for whole models. So the
+tests of models use these, and `test_triton_kernels.py` compares the kernels themselves with float64.
+A real GPU runs the kernels everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorakin.kernels import triton_operators
+from references.philox import kept
+
+
+def install() -> torch.library.Library:
+    """Replaces the operators' implementations; returns what must be kept alive."""
+    library = torch.library.Library("lorakin", "IMPL")
+    for function in (
+        zeroed,
+        dropped_product,
+        dropped_down_gradient,
+        add_dropped_input_gradient,
+        changed_row_norms,
+        gain_gradient,
+    ):
+        library.impl(function.__name__, function, "CUDA", allow_override=True)
+    return library
+
+
+def _mask(x: Tensor, seed: int, threshold: int) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    mask = torch.from_numpy(kept(seed, threshold, *rows.shape))
+    return mask.to(x.device).view(x.shape)
+
+
+def zeroed(x: Tensor, seed: int, threshold: int) -> Tensor:
+    return x * _mask(x, seed, threshold)
+
+
+def dropped_product(x: Tensor, down: Tensor, seed: int, threshold: int) -> Tensor:
+    return zeroed(x, seed, threshold) @ down.T
+
+
+def dropped_down_gradient(
+    back: Tensor, x: Tensor, scale: float, seed: int, threshold: int
+) -> Tensor:
+    wide = scale * (back.T.float() @ zeroed(x, seed, threshold).float())
+    return wide.to(x.dtype)
+
+
+def add_dropped_input_gradient(
+    for_x: Tensor, back: Tensor, down: Tensor, scale: float, seed: int, threshold: int
+) -> None:
+    product = scale * (back.float() @ down.float())
+    for_x.copy_(for_x.float() + product * _mask(for_x, seed, threshold))
+
+
+def changed_row_norms(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    changed = weight.float() + scale * (up.float() @ down.float())
+    return torch.linalg.vector_norm(changed, dim=1)
+
+
+def gain_gradient(
+    delta: Tensor, multiplied: Tensor, bias: Tensor | None, gain_minus_one: Tensor, with_less: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, less = delta.float(), delta.float() * gain_minus_one.float()
+    without_bias = multiplied.float() if bias is None else multiplied.float() - bias.float()
+    rows_of_a_part, _ = triton_operators.parts_of(*delta.shape)
+    parts = [part.sum(0) for part in (wide * without_bias).split(rows_of_a_part)]
+    gained = (wide + less).to(delta.dtype)
+    return torch.stack(parts), gained, less.to(delta.dtype) if with_less else delta.new_empty(0)

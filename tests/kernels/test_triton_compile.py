@@ -1,0 +1,120 @@
+"""Our Triton kernels compile for NVIDIA GPUs, with the blocks of real launches, and spill nothing.
+
+No GPU is needed: Triton carries NVIDIA's assembler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakin.kernels import triton_operators
+
+pytest.importorskip("triton")
+CAPABILITIES = [80, 90]
+TOKENS = [512, 8192]
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class Recorder:
+    """Stands for a kernel and keeps what it is launched with."""
+
+    def __init__(
+        self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
+    ) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(side > 0 for side in grid)
+        return lambda *args, **constants: self.launches.append((self.kernel, args, constants))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """What is launched while the operators run on tensors without values."""
+    from lorakin.kernels import triton_dropout, triton_gain
+
+    recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    for module in (triton_dropout, triton_gain):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
+    monkeypatch.setattr(triton_operators, "_on", lambda tensor: contextlib.nullcontext())
+    return recorded
+
+
+def signature_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """Returns the source to compile, as a launch with these arguments would specialise it."""
+    from triton.compiler import ASTSource
+
+    types, divisible = {}, {}
+    blocks = {name: value for name, value in constants.items() if name != "num_warps"}
+    for n, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if value is None:
+            types[name], blocks[name] = "constexpr", None
+        elif isinstance(value, Tensor):
+            types[name], divisible[(n,)] = f"*{NAMES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if value < 1 << 31 else "i64"
+            if value % 16 == 0:
+                divisible[(n,)] = [["tt.divisibility", 16]]
+    types |= dict.fromkeys(blocks, "constexpr")
+    return ASTSource(kernel, types, constexprs=blocks, attrs=divisible)
+
+
+def bytes_spilled(cubin: bytes, tmp_path: Path) -> int:
+    """Returns how many bytes a thread keeps outside its registers."""
+    import triton.backends.nvidia as nvidia
+
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(cubin)
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    said = subprocess.run(
+        [tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True
+    ).stdout
+    return max(int(stack) for stack in re.findall(r"STACK:(\d+)", said))
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype"),
+    [(16, torch.bfloat16), (64, torch.bfloat16), (128, torch.bfloat16), (8, torch.float16)],
+)
+def test_kernels_compile(
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]],
+    rank: int,
+    dtype: torch.dtype,
+    tmp_path: Path,
+) -> None:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+
+    width, run, seed = 4096, triton_operators.IMPLEMENTATIONS, 1 << 61
+    for tokens in TOKENS:
+        x, back, down, up = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((tokens, width), (tokens, rank), (rank, width), (width, rank))
+        )
+        run["dropped_product"](x, down, seed, 6554)
+        run["dropped_down_gradient"](back, x, 0.5, seed, 6554)
+        run["add_dropped_input_gradient"](x, back, down, 0.5, seed, 6554)
+        if tokens == TOKENS[0]:
+            run["zeroed"](x, seed, 6554)
+            run["changed_row_norms"](x.new_empty(width, width), up, down, 0.5)
+            run["gain_gradient"](x, x, x.new_empty(width), x.new_empty(width), True)
+    assert len(launches) == 9
+
+    for kernel, args, constants in launches:
+        source = signature_of(kernel, args, constants)
+        for capability in CAPABILITIES:
+            target = GPUTarget("cuda", capability, 32)
+            made = compile(source, target=target, options={"num_warps": constants["num_warps"]})
+            # Eight bytes are an address that is kept once, outside the loops.
+            assert bytes_spilled(made.asm["cubin"], tmp_path) <= 8, (kernel, constants, capability)

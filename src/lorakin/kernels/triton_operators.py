@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lorakin.errors import LorakinWarning
 
@@ -69,8 +70,9 @@ def are_usable(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        one = torch.ones(1, 1, device=device)
-        torch.ops.lorakin.changed_row_norms(one, one, one, 1.0)
+        with _disable_current_modes():  # a fake tensor would compile nothing
+            one = torch.ones(1, 1, device=device, dtype=torch.bfloat16)
+            torch.ops.lorakin.changed_row_norms(one, one, one, 1.0)
     except Exception as error:  # a compiler, a driver or Triton itself may fail in any way
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(

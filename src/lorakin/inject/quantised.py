@@ -1,7 +1,7 @@
 """Linear layers whose weight is kept in few bits: bitsandbytes', torchao's, and others.
 
-Their forward and backward stay those of their library. What needs the weight's values (a norm, a
-merge, a picture) reads them in blocks of rows, and nothing keeps them.
+`quantised_products.py` says how the kernels multiply by some; other layers keep the forward and
+backward of their library. What needs values reads them in blocks of rows, and nothing keeps them.
 """
 
 from __future__ import annotations
@@ -126,12 +126,12 @@ _PACKED_WEIGHTS: weakref.WeakKeyDictionary[nn.Module, PackedWeight] = weakref.We
 def packed_weight(module: nn.Module) -> PackedWeight:
     """Returns the module's weight: the same object until the module's tensors change.
 
-    So the squares of its rows are computed once.
+    So the squares of its rows are computed once. A compiled forward does not depend on this cache.
     """
+    if torch.compiler.is_compiling():
+        return PackedWeight(module)
     packed = _PACKED_WEIGHTS.get(module)
-    # A compiler cannot ask whether tensors have changed.
-    is_known = packed is not None and torch.compiler.is_compiling()
-    if packed is None or not (is_known or packed.state == _state(module)):
+    if packed is None or packed.state != _state(module):
         packed = _PACKED_WEIGHTS[module] = PackedWeight(module)
     return packed
 

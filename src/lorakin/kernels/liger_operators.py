@@ -78,8 +78,9 @@ def _work_on(device: torch.device) -> bool:
         unknown = set(liger_cross_entropy_kernel.arg_names) ^ ARGUMENTS_OF_LOSS
         if not unknown:
             with _disable_current_modes():
-                one = torch.ones(1, 1, device=device)
-                torch.ops.lorakin.gated_backward(torch.ops.lorakin.gated(one, one), one, one)
+                ours, one = torch.ops.lorakin, torch.ones(1, 1, device=device)
+                ours.gated_backward(ours.gated(one, one), one, one)
+                ours.rms_norm_backward(one, one, one[0], ours.rms_norm(one, one[0], 0.0)[1])
             return True
         reason = f"its cross-entropy is not that of liger-kernel 0.8.5: {min(unknown)}"
     except Exception as error:  # Triton, a compiler or a driver may fail in any way

@@ -1,8 +1,8 @@
 """Triton's interpreter, which runs GPU kernels on the CPU, with bfloat16 as a GPU has it.
 
-The interpreter of Triton 3.7 keeps bfloat16 as 16-bit integers. It multiplies matrices of them as
-integers (numbers too), and cuts off digits where a GPU rounds to the nearest. It leaves floats that a kernel is
-given what they are in Python, and knows no functions of CUDA's mathematics library. Liger wants
+The interpreter of Triton 3.7 keeps bfloat16 as 16-bit integers. It multiplies them as integers,
+matrices too, and cuts off digits where a GPU rounds to the nearest. It leaves floats that a kernel
+is given what they are in Python, and knows no functions of CUDA's mathematics library. Liger wants
 tensors of the one, and `rsqrt` of the other. This mends all of it.
 """
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakin.kernels import triton_operators
+from lorakin.kernels import liger_operators, triton_operators
 
 pytest.importorskip("triton")
 CAPABILITIES = [80, 90]
@@ -39,13 +39,14 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """What is launched while the operators run on tensors without values."""
-    from lorakin.kernels import triton_dropout, triton_gain
+    from lorakin.kernels import triton_dropout, triton_gain, triton_gate, triton_rotary
 
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    for module in (triton_dropout, triton_gain):
+    for module in (triton_dropout, triton_gain, triton_gate, triton_rotary):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     monkeypatch.setattr(triton_operators, "_on", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return recorded
 
 
@@ -93,9 +94,6 @@ def test_kernels_compile(
     dtype: torch.dtype,
     tmp_path: Path,
 ) -> None:
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-
     width, run, seed = 4096, triton_operators.IMPLEMENTATIONS, 1 << 61
     for tokens in TOKENS:
         x, back, down, up = (
@@ -110,11 +108,35 @@ def test_kernels_compile(
             run["changed_row_norms"](x.new_empty(width, width), up, down, 0.5)
             run["gain_gradient"](x, x, x.new_empty(width), x.new_empty(width), True)
     assert len(launches) == 9
+    assert_compile(launches, tmp_path)
+
+
+def test_kernels_of_a_fused_model_compile(
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], tmp_path: Path
+) -> None:
+    """The gate of 8B's shape, and its queries as they come and their gradients as they may."""
+    gate = torch.empty(8192, 14336, dtype=torch.bfloat16, device="meta")
+    liger_operators._gated_backward(gate, gate, gate)
+    cos = torch.empty(1, 2048, 128, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(4, 2048, 32, 128, dtype=torch.bfloat16, device="meta")
+    liger_operators._rotated(x.transpose(1, 2), cos, cos, False)
+    liger_operators._rotated(x.view(4, 32, 2048, 128), cos.expand(4, -1, -1), cos, True)
+    assert len(launches) == 3
+    assert_compile(launches, tmp_path)
+
+
+def assert_compile(
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], tmp_path: Path
+) -> None:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
 
     for kernel, args, constants in launches:
         source = signature_of(kernel, args, constants)
         for capability in CAPABILITIES:
             target = GPUTarget("cuda", capability, 32)
-            made = compile(source, target=target, options={"num_warps": constants["num_warps"]})
+            made = compile(
+                source, target=target, options={"num_warps": constants.get("num_warps", 4)}
+            )
             # Eight bytes are an address that is kept once, outside the loops.
             assert bytes_spilled(made.asm["cubin"], tmp_path) <= 8, (kernel, constants, capability)

@@ -21,7 +21,7 @@ def install() -> torch.library.Library:
         zeroed,
         dropped_product,
         dropped_down_gradient,
-        add_dropped_input_gradient,
+        dropped_input_product,
         changed_row_norms,
         gain_gradient,
     ):
@@ -50,11 +50,11 @@ def dropped_down_gradient(
     return wide.to(x.dtype)
 
 
-def add_dropped_input_gradient(
-    for_x: Tensor, back: Tensor, down: Tensor, scale: float, seed: int, threshold: int
-) -> None:
+def dropped_input_product(
+    back: Tensor, down: Tensor, scale: float, seed: int, threshold: int
+) -> Tensor:
     product = scale * (back.float() @ down.float())
-    for_x.copy_(for_x.float() + product * _mask(for_x, seed, threshold))
+    return (product * _mask(product, seed, threshold)).to(back.dtype)
 
 
 def changed_row_norms(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:

@@ -102,7 +102,7 @@ def test_kernels_compile(
         )
         run["dropped_product"](x, down, seed, 6554)
         run["dropped_down_gradient"](back, x, 0.5, seed, 6554)
-        run["add_dropped_input_gradient"](x, back, down, 0.5, seed, 6554)
+        run["dropped_input_product"](back, down, 0.5, seed, 6554)
         if tokens == TOKENS[0]:
             run["zeroed"](x, seed, 6554)
             run["changed_row_norms"](x.new_empty(width, width), up, down, 0.5)

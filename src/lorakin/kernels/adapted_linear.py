@@ -28,7 +28,7 @@ from torch import Tensor
 from lorakin.family import Chain, Pair
 from lorakin.family.pair import ScaledPair
 from lorakin.kernels.autograd import PLAIN_TYPES, backward_once, runs_eagerly
-from lorakin.kernels.base_linear import base_linear
+from lorakin.kernels.base_linear import adapted_input_gradient, adapted_product
 from lorakin.kernels.dropout import DropoutDraw
 from lorakin.kernels.gained import gain_gradient, minus_one
 from lorakin.kernels.linear_with_chain import linear_with_chain
@@ -155,16 +155,11 @@ def _dispatch(
     if isinstance(change, Chain):
         return linear_with_chain(given, x, weight, bias, change, dropout, group)
 
-    y = base_linear(x, weight, bias)
-    _add_product(y, x.reshape(-1, x.shape[-1]) @ change.down.T, change.up, change.scale)
+    hidden = x.reshape(-1, x.shape[-1]) @ change.down.T
+    y = adapted_product(x, weight, bias, hidden, change.up, change.scale)
     if change.gain_minus_one is not None:
         _multiply(y, change.gain_minus_one, bias)
     return y
-
-
-def _add_product(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> None:
-    """Adds scale · up(hidden) to y, in place."""
-    y.view(-1, y.shape[-1]).addmm_(hidden, up.T, alpha=scale)
 
 
 def _multiply(y: Tensor, gain_minus_one: Tensor, bias: Tensor | None) -> None:
@@ -203,8 +198,8 @@ class LinearWithPair(torch.autograd.Function):
         hidden = rows @ down.T if drop is None else drop.product(rows, down)
 
         ctx.keeps_multiplied = needs_gain and bias is not None and x.device.type != "cpu"
-        y = base_linear(x, weight, None if ctx.keeps_multiplied else bias)
-        _add_product(y, hidden, up, ctx.scale)
+        bias_in_product = None if ctx.keeps_multiplied else bias
+        y = adapted_product(x, weight, bias_in_product, hidden, up, ctx.scale)
         kept = gain_minus_one = None
         if gain is not None:
             gain_minus_one = minus_one(gain, weight.dtype)
@@ -275,7 +270,7 @@ class LinearWithPair(torch.autograd.Function):
         if needs_x:
             weight = ctx.unpack(stored) if weight is None else weight
             if drop is None:
-                for_x = (delta @ weight).addmm_(back, down, alpha=scale)
+                for_x = adapted_input_gradient(delta, weight, back, down, scale)
             else:
                 for_x = drop.input_gradient(delta, weight, back, down, scale, dropped)
             for_x = for_x.view(*grad.shape[:-1], weight.shape[1])

@@ -181,11 +181,10 @@ class DropoutInKernels(DropoutDraw):
     ) -> Tensor:
         if not triton_operators.fit(delta, weight, back, down, rank=len(down)):
             return super().input_gradient(delta, weight, back, down, scale, entries)
-        for_x = delta @ weight
-        torch.ops.lorakin.add_dropped_input_gradient(
-            for_x, back, down, scale, self.seed, self.threshold
+        through: Tensor = torch.ops.lorakin.dropped_input_product(
+            back, down, scale, self.seed, self.threshold
         )
-        return for_x
+        return through.addmm_(delta, weight)
 
 
 class DroppedProduct(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakin.kernels.autograd import backward_once
-from lorakin.kernels.base_linear import base_linear
+from lorakin.kernels.base_linear import adapted_input_gradient, adapted_product
 from lorakin.kernels.dropout import DropoutDraw
 from lorakin.kernels.gained import dropped_gain_gradient, minus_one
 from lorakin.kernels.recomputation import Recomputation
@@ -46,11 +46,9 @@ class LinearWithDroppedGain(torch.autograd.Function):
         dropped = drop.zeroed(x.reshape(-1, x.shape[-1]))
         hidden = dropped @ down.T
 
-        v = base_linear(dropped, weight, None).addmm_(hidden, up.T, alpha=scale)
-        y = base_linear(x, weight, bias)
-        flat = y.view(-1, y.shape[-1])
-        flat.addmm_(hidden, up.T, alpha=drop.scale * scale)
-        flat.addcmul_(v, gain_minus_one, value=drop.scale)
+        v = adapted_product(dropped, weight, None, hidden, up, scale)
+        y = adapted_product(x, weight, bias, hidden, up, drop.scale * scale)
+        y.view(-1, y.shape[-1]).addcmul_(v, gain_minus_one, value=drop.scale)
 
         _, needs_weight, _, _, needs_down, needs_gain, *_ = ctx.needs_input_grad
         recipe = Recomputation.of(x)
@@ -97,7 +95,7 @@ class LinearWithDroppedGain(torch.autograd.Function):
         for_x = None
         if needs_x:
             weight = ctx.unpack(stored)
-            through = (delta_less @ weight).addmm_(back, down, alpha=ctx.scale)
+            through = adapted_input_gradient(delta_less, weight, back, down, ctx.scale)
             for_x = drop.zeroed(through, entries).addmm_(delta, weight, beta=factor)
             for_x = for_x.view(*grad.shape[:-1], weight.shape[1])
         return for_x, for_weight, for_bias, for_up, for_down, for_gain, None, None

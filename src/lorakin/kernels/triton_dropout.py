@@ -126,10 +126,10 @@ def down_gradient_kernel(
 
 
 @triton.jit
-def add_input_gradient_kernel(
-    for_x: tl.tensor,
+def input_product_kernel(
     back: tl.tensor,
     down: tl.tensor,
+    out: tl.tensor,
     scale: tl.tensor,
     seed: tl.tensor,
     threshold: tl.tensor,
@@ -140,7 +140,7 @@ def add_input_gradient_kernel(
     INPUTS: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """Adds scale · back down to a block of for_x, in place, where x was kept."""
+    """Writes a block of scale · back down, (rows, inputs), with zeros where x was dropped."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
     group = tl.program_id(1) * (INPUTS // GROUP) + tl.arange(0, INPUTS // GROUP)
@@ -159,5 +159,4 @@ def add_input_gradient_kernel(
     product = tl.where(is_kept(seed, threshold, row, group), product, 0.0)
     inside = (row[:, None] < rows) & (column[None, :] < inputs)
     at = row[:, None].to(tl.int64) * inputs + column[None, :]
-    values = tl.load(for_x + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(for_x + at, (values + product).to(for_x.dtype.element_ty), mask=inside)
+    tl.store(out + at, product.to(out.dtype.element_ty), mask=inside)

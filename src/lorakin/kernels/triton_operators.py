@@ -33,8 +33,8 @@ LIBRARY.define(
     "dropped_down_gradient(Tensor back, Tensor x, float scale, int seed, int threshold) -> Tensor"
 )
 LIBRARY.define(
-    "add_dropped_input_gradient(Tensor(a!) for_x, Tensor back, Tensor down, float scale, "
-    "int seed, int threshold) -> ()"
+    "dropped_input_product(Tensor back, Tensor down, float scale, int seed, int threshold) "
+    "-> Tensor"
 )
 LIBRARY.define("changed_row_norms(Tensor weight, Tensor up, Tensor down, float scale) -> Tensor")
 LIBRARY.define(
@@ -174,20 +174,22 @@ def _dropped_down_gradient(
 
 
 @_on_cuda
-def _add_dropped_input_gradient(
-    for_x: Tensor, back: Tensor, down: Tensor, scale: float, seed: int, threshold: int
-) -> None:
+def _dropped_input_product(
+    back: Tensor, down: Tensor, scale: float, seed: int, threshold: int
+) -> Tensor:
     from lorakin.kernels import triton_dropout as kernels
 
     back, down = back.contiguous(), down.contiguous()
-    (rows, inputs), rank = for_x.shape, len(down)
+    rows, (rank, inputs) = len(back), down.shape
+    out = back.new_empty(rows, inputs)
     if rows:
         grid = _blocks(rows, 32), _blocks(inputs, 64)
-        with _on(for_x):
-            kernels.add_input_gradient_kernel[grid](
-                for_x, back, down, scale, seed, threshold, rows, inputs, rank,
+        with _on(back):
+            kernels.input_product_kernel[grid](
+                back, down, out, scale, seed, threshold, rows, inputs, rank,
                 ROWS=32, INPUTS=64, RANK=_power_of_two(rank, 16, LARGEST_RANK), num_warps=8,
             )  # fmt: skip
+    return out
 
 
 @_on_cuda
@@ -244,11 +246,11 @@ def _fake_dropped_down_gradient(
     return x.new_empty(back.shape[1], x.shape[1])
 
 
-@torch.library.register_fake("lorakin::add_dropped_input_gradient", lib=LIBRARY)
-def _fake_add_dropped_input_gradient(
-    for_x: Tensor, back: Tensor, down: Tensor, scale: float, seed: int, threshold: int
-) -> None:
-    return None
+@torch.library.register_fake("lorakin::dropped_input_product", lib=LIBRARY)
+def _fake_dropped_input_product(
+    back: Tensor, down: Tensor, scale: float, seed: int, threshold: int
+) -> Tensor:
+    return back.new_empty(len(back), down.shape[1])
 
 
 @torch.library.register_fake("lorakin::changed_row_norms", lib=LIBRARY)

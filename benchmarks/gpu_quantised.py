@@ -58,11 +58,8 @@ class Cost(NamedTuple):
     waits: float
     bytes_per_token: float
 
-    @property
-    def cells(self) -> list[str]:
-        """Three cells of a table."""
-        kernels = f"{self.forward:g} + {self.backward:g}"
-        return [kernels, f"{self.waits:g}", f"{self.bytes_per_token:g}"]
+    def __str__(self) -> str:
+        return f"{self.forward:g} + {self.backward:g} · {self.bytes_per_token:g} B"
 
 
 def subject(kind: str, method: str, layers: int, width: int = WIDTH, device: str = "cuda") -> Any:
@@ -106,12 +103,13 @@ def cost(kind: str, method: str) -> Cost:
 
 
 def on_gpu() -> Iterator[str]:
-    """Yields the lines of the table of kernels forward + backward, waits, and bytes per token."""
-    yield f"| method | {' | '.join(f'{kind} | waits | bytes' for kind in SUBJECTS)} |"
-    yield f"|{'---|' * (1 + 3 * len(SUBJECTS))}"
+    """Yields the lines of the table: kernels forward + backward · bytes per token, and waits."""
+    yield f"| method | {' | '.join(SUBJECTS)} | waits of each |"
+    yield f"|{'---|' * (2 + len(SUBJECTS))}"
     for method in CEILINGS:
-        cells = [cell for kind in SUBJECTS for cell in cost(kind, method).cells]
-        yield f"| {method} | {' | '.join(cells)} |"
+        costs = [cost(kind, method) for kind in SUBJECTS]
+        waits = " / ".join(f"{of_kind.waits:g}" for of_kind in costs)
+        yield f"| {method} | {' | '.join(map(str, costs))} | {waits} |"
 
 
 def on_cpu(rounds: int = 15, width: int = 1024, tokens: int = 512) -> Iterator[str]:

@@ -142,10 +142,23 @@ class Costs(KernelCount):
             if packet in flop_registry:
                 operations = int(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
             again = MOVED_AGAIN.get(self.launches[-1].name, lambda args, out: ())(args, out)
-            on_gpu = (t for t in tensors((args, kwargs or {}, out, again)) if t.is_cuda)
-            moved = sum(t.numel() * t.element_size() for t in on_gpu)
+            moved = _bytes_moved(args, kwargs or {}, (out, again))
             self.costed.append(CostedLaunch(self.launches[-1], operations, moved))
         return out
+
+
+def _bytes_moved(args: Any, kwargs: dict[str, Any], out: Any) -> int:
+    """Returns how many bytes an operation reads and writes on the GPU."""
+    read = {key: value for key, value in kwargs.items() if key != "out"}
+    # With beta = 0, what a product is added to is not read.
+    operands = args[1:] if kwargs.get("beta") == 0 else args
+    # A kernel that is given a tensor twice reads it once.
+    once = {
+        (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t
+        for t in tensors((operands, read))
+    }
+    on_gpu = (t for t in (*once.values(), *tensors(out)) if t.is_cuda)
+    return sum(t.numel() * t.element_size() for t in on_gpu)
 
 
 class OneKernelAttention(torch.autograd.Function):

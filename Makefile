@@ -5,7 +5,7 @@
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin against PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
-# make gpu        on a machine with a GPU: the tests of tests/gpu, and steps beside PEFT, time and memory
+# make gpu        on a machine with a GPU: the tests of tests/gpu, then steps beside PEFT, memory, lorakin train; one table (8 minutes)
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/evidence/architectures.md (three minutes)
 # make templates  what is learned under every chat template that trl and transformers carry: docs/evidence/templates.md (a minute)
 # make soak       stress tests: 200 kills, 10,000 hostile files, 50,000 reads while others write, members × bases × parallelism (about 40 minutes)
@@ -61,7 +61,6 @@ docs: $(VENV)/.docs
 	@echo "open site/index.html"
 
 gpu: $(VENV)/.test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/gpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
 
 bench: $(VENV)/.test
@@ -110,4 +109,4 @@ lock: $(VENV)/.docs
 	$(BIN)/python tools/lock.py
 
 clean:
-	rm -rf $(VENV) site demo family claims interop bench soak build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site demo family claims interop bench gpu-results soak build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -91,11 +91,12 @@ def markdown(results: dict[str, Any]) -> str:
         by_member: dict[str, dict[str, str]] = {}
         for row in rows:
             by_member.setdefault(row["member"], {})[row["variant"]] = _spread(row[machine["clock"]])
-        cells = [[name, of["lorakin"], of["PEFT"]] for name, of in by_member.items()]
+        head = ["lorakin", "PEFT", "lorakin ÷ PEFT"]
+        cells = [[name, *(of[variant] for variant in head)] for name, of in by_member.items()]
         lines += [
             f"**torch.compile, S, {dtype}: a step × the compiled frozen base**",
             "",
-            *_table(["member", "lorakin", "PEFT"], cells),
+            *_table(["member", *head], cells),
             "",
         ]
     if "scaling" in results:

@@ -106,8 +106,10 @@ def compiled(
             for _ in range(3):
                 steps[key]()
         seconds = interleaved(steps, rounds, inputs[0].device.type)
-        for key in list(steps)[1:]:
-            spreads = {clock: ratio(seconds[clock], key, "frozen") for clock in seconds}
+        pairs = {"lorakin": ("lorakin", "frozen"), "PEFT": ("PEFT", "frozen")}
+        pairs["lorakin ÷ PEFT"] = "lorakin", "PEFT"
+        for key, (over, under) in pairs.items():
+            spreads = {clock: ratio(seconds[clock], over, under) for clock in seconds}
             table.append({"member": name, "variant": key, **spreads})
             print(f"{name}, {key}: {spreads['thread']}", flush=True)
     return table

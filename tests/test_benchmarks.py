@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import gpu
+from benchmarks import gpu, gpu_cells, gpu_results
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -66,9 +66,49 @@ def test_what_is_unknown_is_named_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_gpus_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu.main(["tiny", "--device", "cpu", "--rounds", "1"])
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| " in line]
-    names = [row[0].removeprefix("| ") for row in rows[1:]]
-    assert {"lora", "dora", "PEFT, lora", "PEFT narrow, dora", "lora, `lk.fuse`"} < set(names)
-    assert all(float(row[1].split()[0]) > 0 for row in rows[1:])
+def test_a_worker_that_dies_is_followed_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each kills its process in its second cell; the time ends in the fourth worker."""
+    runs = []
+
+    def worker(command: list[str], seconds: float, output: object = None) -> int | None:
+        runs.append(command)
+        results = gpu_results.Results.read(tmp_path)
+        results.plan([("8B", "bfloat16", f"{n}") for n in range(8)])
+        entry = results.begin_next()
+        assert entry is not None
+        figures = {"rows": 4, "length": 2048, "ratio": (2.0, 1.0, 3.0), "ms": (1.0, 1.0, 1.0)}
+        results.finish(entry, figures | {"frozen ms": (1, 1, 1), "peak": 4, "planned": 3}, 1.0)
+        results.begin_next()
+        return None if len(runs) == 4 else -11
+
+    monkeypatch.setattr(gpu, "run_for", worker)
+    assert gpu.main(["8B", "--no-tests", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "process died" in line] == [
+        f"| {n} | its process died | – | – | – | – | – | – |" for n in (1, 3, 5)
+    ]
+    assert "| 6 | 1.0 (1.0–1.0) | 2.00 (1.00–3.00) | – | – | 0 | 0 | 0.75 |" in lines
+    assert lines[-2] == "Not measured: the time was over. 8B bfloat16: 7"
+
+
+def test_the_gpus_table_says_how_wrong_the_estimate_is() -> None:
+    known = gpu_results.estimates(gpu_results.ESTIMATES.read_text(encoding="utf-8"))
+    assert set(known) == {"8B", "135M"}
+    subjects = {cell.subject for cell in gpu_cells.cells(["135M", "8B"], 80)}
+    assert set(known["8B"]) - {"frozen base"} <= subjects
+    estimate = known["8B"]["dora"]
+    entry = {
+        "cell": ["8B", "bfloat16", "dora"], "state": "done", "rows": 4, "length": 2048,
+        "ratio": [2 * estimate] * 3, "ms": [1.0] * 3, "frozen ms": [1.0] * 3, "peak": None,
+        "planned": None,
+    }  # fmt: skip
+    line = list(gpu_results.markdown({"cells": [entry]}))[-1]
+    assert f"| {estimate:.2f} | -50 % |" in line
+
+
+def test_a_shape_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["7B"])
+    assert "'7B'" in capsys.readouterr().err

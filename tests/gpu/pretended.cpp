@@ -6,7 +6,8 @@
 //
 // What a GPU refuses is refused: operands on two devices. New memory is NaN until it is written.
 //
-// Not here: streams, events and graphs (they do nothing), time, memory limits, Triton, cuBLAS.
+// Not here: streams, events and graphs (they do nothing), time, memory limits, Triton, cuBLAS. Bytes
+// of memory are those of tensors that exist between operations: not the workspace within one.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -16,6 +17,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <random>
 
@@ -30,16 +32,40 @@ c10::Device current_device() { return c10::Device(CUDA, current); }
 
 bool on_gpu(const at::Tensor& t) { return t.defined() && t.device().type() == CUDA; }
 
-// Memory: the CPU's, filled with NaN.
+// Memory: the CPU's, filled with NaN. Each device counts what it holds, and the most that it held.
+
+std::atomic<int64_t> held[DEVICES], highest[DEVICES];
+
+void count_bytes(int d, int64_t bytes) {
+  int64_t now = held[d] += bytes, most = highest[d];
+  while (now > most && !highest[d].compare_exchange_weak(most, now)) {}
+}
+
+constexpr size_t HEADER = 64;  // before the data: how many bytes, and of which device
+struct Header {
+  int64_t bytes;
+  int device;
+};
+
+void release(void* data) {
+  if (!data) return;
+  auto* header = reinterpret_cast<Header*>(static_cast<char*>(data) - HEADER);
+  count_bytes(header->device, -header->bytes);
+  std::free(header);
+}
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    void* data = nullptr;
-    if (bytes && posix_memalign(&data, 64, bytes)) throw std::bad_alloc();
-    if (bytes) std::memset(data, 0xFF, bytes);
-    return {data, data, &std::free, current_device()};
+    if (!bytes) return {nullptr, nullptr, &release, current_device()};
+    void* whole = nullptr;
+    if (posix_memalign(&whole, 64, HEADER + bytes)) throw std::bad_alloc();
+    *static_cast<Header*>(whole) = {(int64_t)bytes, current};
+    count_bytes(current, bytes);
+    auto* data = static_cast<char*>(whole) + HEADER;
+    std::memset(data, 0xFF, bytes);
+    return {data, data, &release, current_device()};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override {
     std::memcpy(to, from, bytes);
   }
@@ -175,9 +201,19 @@ at::Tensor tensor_over(const c10::Storage& storage, const at::Tensor& like, c10:
 
 // A memory of the CPU, given to a GPU without a copy; it lives as long as the GPU's pointer.
 c10::DataPtr handed_over(const c10::Storage& storage, c10::Device device) {
-  auto* keep = new c10::Storage(storage);
-  auto drop = [](void* kept) { delete static_cast<c10::Storage*>(kept); };
-  return c10::DataPtr(keep->mutable_data(), keep, drop, device);
+  struct Kept {
+    c10::Storage storage;
+    int64_t bytes;
+    int device;
+  };
+  auto* kept = new Kept{storage, (int64_t)storage.nbytes(), device.index() < 0 ? 0 : device.index()};
+  count_bytes(kept->device, kept->bytes);
+  auto drop = [](void* given) {
+    auto* kept = static_cast<Kept*>(given);
+    count_bytes(kept->device, -kept->bytes);
+    delete kept;
+  };
+  return c10::DataPtr(kept->storage.mutable_data(), kept, drop, device);
 }
 
 // One operation: the tensors of the GPU that it got, and the aliases that the CPU's kernel sees.
@@ -464,6 +500,10 @@ int pretend_exchange_device(int d) {
   if (d >= 0) current = d;
   return old;
 }
+
+int64_t pretend_memory(int d, bool most) { return most ? highest[d] : held[d]; }
+
+void pretend_reset_peak(int d) { highest[d] = held[d].load(); }
 
 void pretend_seed(int d, uint64_t seed) { default_generator(d).set_current_seed(seed); }
 

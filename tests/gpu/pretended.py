@@ -98,7 +98,8 @@ def _install_devices(torch: Any, native: Any) -> None:
         warp_size=32, max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536,
         shared_memory_per_block_optin=232448, L2_cache_size=50 << 20,
     )  # fmt: skip
-    exchange = native.pretend_exchange_device
+    exchange, memory = native.pretend_exchange_device, native.pretend_memory
+    memory.argtypes, memory.restype = [ctypes.c_int, ctypes.c_bool], ctypes.c_int64
     replacements = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -118,11 +119,13 @@ def _install_devices(torch: Any, native: Any) -> None:
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (80 << 30, 80 << 30),
-        "memory_allocated": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 0,
+        "memory_allocated": lambda device=None: memory(_index(native, device), False),
+        "max_memory_allocated": lambda device=None: memory(_index(native, device), True),
         "memory_reserved": lambda device=None: 0,
         "max_memory_reserved": lambda device=None: 0,
-        "reset_peak_memory_stats": lambda device=None: None,
+        "reset_peak_memory_stats": lambda device=None: native.pretend_reset_peak(
+            _index(native, device)
+        ),
     }
     for name, function in replacements.items():
         setattr(cuda, name, function)

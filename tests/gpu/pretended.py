@@ -109,8 +109,9 @@ def _install_devices(torch: Any, native: Any) -> None:
         "device_count": lambda: DEVICES,
         "current_device": lambda: exchange(-1),
         "set_device": lambda device: exchange(_index(native, device)) and None,
-        "_exchange_device": exchange,
-        "_maybe_exchange_device": exchange,
+        # two functions of Python, by which a compiler tells them apart
+        "_exchange_device": lambda device: exchange(device),
+        "_maybe_exchange_device": lambda device: exchange(device),
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "Pretended",
         "get_device_properties": lambda device=None: properties,

@@ -89,12 +89,16 @@ def _command(name: str, command: Any) -> str:
         "```",
         "",
     ]
-    lines += ["| | value | what it does |", "|---|---|---|"]
-    for one in command.params:
-        if one.name != "help":
-            lines.append(
-                f"| {_names(one)} | {_value(one, hints[one.name])} | {_cell(_plain(one.help or ''))} |"
-            )
+    shown = [one for one in command.params if one.name != "help"]
+    panels = dict.fromkeys(getattr(one, "rich_help_panel", None) for one in shown)
+    for panel in sorted(panels, key=lambda panel: panel is not None):  # first those of no panel
+        lines += ["", f"**{panel}**", ""] if panel else []
+        lines += ["| | value | what it does |", "|---|---|---|"]
+        for one in shown:
+            if getattr(one, "rich_help_panel", None) == panel:
+                lines.append(
+                    f"| {_names(one)} | {_value(one, hints[one.name])} | {_cell(_plain(one.help or ''))} |"
+                )
     examples = [
         line.strip()
         for line in _plain(command.epilog or "").splitlines()

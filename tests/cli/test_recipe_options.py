@@ -9,8 +9,10 @@ import typer
 from typer.testing import CliRunner
 
 import lorakin as lk
+from lorakin.cli.app import run
 from lorakin.cli.recipe_options import ALL_FIELDS, defaults, recipe_options
 from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_option import PANELS
 
 
 def given(*arguments: str) -> dict[str, Any]:
@@ -74,3 +76,17 @@ def test_the_defaults_are_the_recipes() -> None:
     recipe = Recipe("m", ["d"], "o")
     names = [name for name in ALL_FIELDS if name not in ("model", "data", "out")]
     assert defaults(*names) == {name: getattr(recipe, name) for name in names}
+
+
+def test_help_of_train_lists_options_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"─ {panel} ─") for panel in PANELS]
+    assert places == sorted(places)
+    assert places[0] < shown.index("--data") < places[1] < shown.index("--rank") < places[2]
+    assert places[3] < shown.index("--save-every") < places[4] < shown.index("--quantize")
+
+
+def test_other_commands_have_one_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", "--help"]) == 0
+    assert not any(f"─ {panel} ─" in capsys.readouterr().out for panel in PANELS)

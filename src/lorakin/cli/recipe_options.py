@@ -20,23 +20,32 @@ from typing import Annotated, Any
 import typer
 
 from lorakin.errors import SettingError
-from lorakin.training.recipe import Option, Recipe, kinds, option_of, plain
+from lorakin.training.recipe import Recipe, kinds, option_of
+from lorakin.training.recipe_option import PANELS, Option
+from lorakin.training.recipe_values import plain
 
 TEMPLATE = "chat_template"
-ALL_FIELDS = tuple(name for name in kinds() if option_of(name) is not None)
-"""The fields of `Recipe` that the command line offers."""
+PANEL_OF = {name: option.panel for name in kinds() if (option := option_of(name)) is not None}
+ALL_FIELDS = tuple(sorted(PANEL_OF, key=lambda name: PANELS.index(PANEL_OF[name])))
+"""The fields of `Recipe` that the command line offers, group by group."""
 
 
-def recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def recipe_options(
+    *names: str, grouped: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a decorator that gives a command an option for each of these fields of `Recipe`.
 
     The options stand after the command's positional parameters and before its keyword-only ones.
     The command gets, as keywords, the fields that the user gave, in the form that `Recipe` takes.
+
+    Args:
+        names: the fields.
+        grouped: whether `--help` lists them in groups (`Option.panel`).
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         declared = inspect.signature(command, eval_str=True).parameters.values()
-        added = [parameter for name in names for parameter in _parameters(name)]
+        added = [parameter for name in names for parameter in _parameters(name, grouped)]
 
         @functools.wraps(command)
         def wrapped(**given: Any) -> None:
@@ -91,9 +100,10 @@ READERS: dict[str, Callable[[Sequence[str]], Any]] = {
 """Fields whose options may be given several times → the function from the texts to the value."""
 
 
-def _parameters(name: str) -> Iterator[inspect.Parameter]:
+def _parameters(name: str, grouped: bool) -> Iterator[inspect.Parameter]:
     option = option_of(name)
     assert option is not None, name
+    panel = option.panel if grouped else None
     kind: Any = plain(kinds()[name])
     flag = "--" + name.replace("_", "-")
     flags = list(option.names or [flag])
@@ -102,7 +112,11 @@ def _parameters(name: str) -> Iterator[inspect.Parameter]:
         yield _parameter(
             "no_chat_template",
             bool,
-            typer.Option("--no-chat-template", help="Write prompts without a chat template."),
+            typer.Option(
+                "--no-chat-template",
+                help="Write prompts without a chat template.",
+                rich_help_panel=panel,
+            ),
             False,
         )
     elif name in READERS or typing.get_origin(kind) is dict:
@@ -111,7 +125,8 @@ def _parameters(name: str) -> Iterator[inspect.Parameter]:
         flags = [f"{flag}/--no-{flag[2:]}"]
     elif typing.get_origin(kind) is typing.Literal:
         kind = str  # `Recipe` refuses other words
-    typer_option = typer.Option(*flags, help=_help(name, option), show_default=False)
+    help_text = _help(name, option)
+    typer_option = typer.Option(*flags, help=help_text, show_default=False, rich_help_panel=panel)
     yield _parameter(name, kind | None, typer_option, None)
 
 

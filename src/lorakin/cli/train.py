@@ -11,6 +11,7 @@ from lorakin.cli.options import Json, console_for, examples, print_json
 from lorakin.cli.recipe_options import ALL_FIELDS, recipe_options
 from lorakin.terminal import Terminal, labelled
 from lorakin.terminal import command as shell_command
+from lorakin.training.recipe_option import OUTPUT
 
 if TYPE_CHECKING:
     from lorakin.training.train import Result
@@ -26,10 +27,13 @@ EXAMPLES = examples(
     "lorakin train recipe.yaml --lr 1e-4 --out another",
     "lorakin train --resume --out adapter",
 )
-Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run in --out.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Resume an interrupted run in --out.", rich_help_panel=OUTPUT),
+]
 
 
-@recipe_options(*ALL_FIELDS)
+@recipe_options(*ALL_FIELDS, grouped=True)
 def command(
     recipe: Annotated[
         Path | None, typer.Argument(help="A YAML recipe; flags win over it.", show_default=False)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import math
-import types
 import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lorakin.errors import SettingError
 from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
 from lorakin.training.formats import NAMES
+from lorakin.training.recipe_option import DATA, DEVICES, METHOD, OPTIMISATION, OUTPUT, Option
+from lorakin.training.recipe_values import as_kind
 
 if TYPE_CHECKING:
     from lorakin.family import Method
@@ -33,21 +33,6 @@ DTYPE_HELP = (
 )
 EARLIER_WORDS = ("answer",)
 """What recipes of lorakin 0.1 say as `loss_on` for "answers"."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """How the command line offers a field of `Recipe`.
-
-    Attributes:
-        help: what the field means.
-        names: the option's names, where they are not just `--` and the field's name.
-        default: the default in words, where the field's own value does not say it.
-    """
-
-    help: str
-    names: tuple[str, ...] = ()
-    default: str | None = None
 
 
 def _is_day(text: str) -> bool:
@@ -87,26 +72,38 @@ class Recipe:
             each other; a schedule that cannot be built.
     """
 
-    model: Annotated[str, Option(MODEL_HELP, ("--model", "-m"))]
-    data: Annotated[Sources, Option(f"{DATA_HELP} May be given several times.", ("--data", "-d"))]
-    out: Annotated[str, Option("A new directory for the adapter.", ("--out", "-o"))]
+    model: Annotated[str, Option(DATA, MODEL_HELP, ("--model", "-m"))]
+    data: Annotated[
+        Sources, Option(DATA, f"{DATA_HELP} May be given several times.", ("--data", "-d"))
+    ]
+    out: Annotated[str, Option(OUTPUT, "A new directory for the adapter.", ("--out", "-o"))]
     method: Annotated[
-        str, Option("A member of the family, or several: dora,lora+. lorakin methods lists them.")
+        str,
+        Option(
+            METHOD, "A member of the family, or several: dora,lora+. lorakin methods lists them."
+        ),
     ] = "lora"
     rank: Annotated[
-        int | None, Option("Rank of the pairs.", default="the method's own, 16 for lora")
+        int | None, Option(METHOD, "Rank of the pairs.", default="the method's own, 16 for lora")
     ] = None
     alpha: Annotated[
         float | None,
-        Option("alpha; the pair is scaled by alpha/rank.", default="the method's own, 32 for lora"),
+        Option(
+            METHOD,
+            "alpha; the pair is scaled by alpha/rank.",
+            default="the method's own, 32 for lora",
+        ),
     ] = None
-    dropout: Annotated[float | None, Option("Dropout of the adapter's input.", default="0")] = None
+    dropout: Annotated[
+        float | None, Option(METHOD, "Dropout of the adapter's input.", default="0")
+    ] = None
     rslora: Annotated[
-        bool | None, Option("Scale by alpha/√rank instead of alpha/rank.", default="no")
+        bool | None, Option(METHOD, "Scale by alpha/√rank instead of alpha/rank.", default="no")
     ] = None
     settings: Annotated[
         dict[str, Any],
         Option(
+            METHOD,
             "Any other setting of the method, such as ratio=8; lorakin methods lists them.",
             ("--set",),
         ),
@@ -114,110 +111,136 @@ class Recipe:
     targets: Annotated[
         list[str],
         Option(
+            METHOD,
             "Modules to adapt: names, globs or regular expressions. none adapts no layers, so "
-            "that only heads and tokens train."
+            "that only heads and tokens train.",
         ),
     ] = dataclasses.field(default_factory=lambda: ["all-linear"])
-    exclude: Annotated[list[str], Option("Modules to leave out.")] = dataclasses.field(
+    exclude: Annotated[list[str], Option(METHOD, "Modules to leave out.")] = dataclasses.field(
         default_factory=list
     )
     layers: Annotated[
-        str | None, Option("Adapt only modules in these layers, such as 0-3,8,-1.")
+        str | None, Option(METHOD, "Adapt only modules in these layers, such as 0-3,8,-1.")
     ] = None
     rank_pattern: Annotated[
         dict[str, AtLeastOne],
-        Option("Another rank for some modules, as in PEFT: down_proj=32.", ("--rank-pattern",)),
+        Option(
+            METHOD, "Another rank for some modules, as in PEFT: down_proj=32.", ("--rank-pattern",)
+        ),
     ] = dataclasses.field(default_factory=dict)
     alpha_pattern: Annotated[
         dict[str, Positive],
-        Option("Another alpha for some modules, as in PEFT: down_proj=64.", ("--alpha-pattern",)),
+        Option(
+            METHOD,
+            "Another alpha for some modules, as in PEFT: down_proj=64.",
+            ("--alpha-pattern",),
+        ),
     ] = dataclasses.field(default_factory=dict)
-    modules_to_save: Annotated[list[str], Option("Modules to train whole.")] = dataclasses.field(
-        default_factory=list
+    modules_to_save: Annotated[list[str], Option(METHOD, "Modules to train whole.")] = (
+        dataclasses.field(default_factory=list)
     )
     rank_above: Annotated[
         Literal["refuse", "clamp"],
         Option(
+            METHOD,
             "What to do with a rank that is larger than a weight allows (its smaller side): refuse "
-            "it, or clamp it to that."
+            "it, or clamp it to that.",
         ),
     ] = "refuse"
     trainable_tokens: Annotated[
         list[str],
-        Option("Tokens, or their ids, whose rows in the embedding and the head are trained."),
+        Option(
+            METHOD, "Tokens, or their ids, whose rows in the embedding and the head are trained."
+        ),
     ] = dataclasses.field(default_factory=list)
     bias: Annotated[
         Literal["none", "lora_only", "all"],
-        Option("Biases to train: none, lora_only (of the adapted modules) or all."),
+        Option(METHOD, "Biases to train: none, lora_only (of the adapted modules) or all."),
     ] = "none"
     columns: Annotated[
         dict[str, str],
         Option(
-            "Which column holds what: prompt=question,completion=reply. Other columns are ignored."
+            DATA,
+            "Which column holds what: prompt=question,completion=reply. Other columns are ignored.",
         ),
     ] = dataclasses.field(default_factory=dict)
     format: Annotated[
-        Layout | None, Option(f"Format of the rows: {', '.join(NAMES)}.", default="detected")
+        Layout | None, Option(DATA, f"Format of the rows: {', '.join(NAMES)}.", default="detected")
     ] = None
     eval_data: Annotated[
-        str | None, Option("Held-out rows, as for --data.", default="split off the data")
+        str | None, Option(DATA, "Held-out rows, as for --data.", default="split off the data")
     ] = None
-    holdout: Annotated[Holdout, Option("Share of the rows to hold out, at most 256 rows.")] = 0.1
+    holdout: Annotated[
+        Holdout, Option(DATA, "Share of the rows to hold out, at most 256 rows.")
+    ] = 0.1
     lr: Annotated[
         Positive | None,
         Option(
-            "Learning rate.", ("--lr", "--learning-rate"), default="the method's own, 2e-4 for lora"
+            OPTIMISATION,
+            "Learning rate.",
+            ("--lr", "--learning-rate"),
+            default="the method's own, 2e-4 for lora",
         ),
     ] = None
-    schedule: Annotated[str, Option("Learning-rate schedule: cosine, linear, constant …")] = (
-        "cosine"
-    )
+    schedule: Annotated[
+        str, Option(OPTIMISATION, "Learning-rate schedule: cosine, linear, constant …")
+    ] = "cosine"
     schedule_args: Annotated[
         dict[str, Any],
-        Option("An argument of the schedule, such as min_lr=1e-5.", ("--schedule-arg",)),
+        Option(
+            OPTIMISATION, "An argument of the schedule, such as min_lr=1e-5.", ("--schedule-arg",)
+        ),
     ] = dataclasses.field(default_factory=dict)
-    warmup: Annotated[Warmup, Option("Warm-up, as a share of the steps.")] = 0.05
-    weight_decay: Annotated[NotNegative, Option("AdamW's weight decay.")] = 0.0
+    warmup: Annotated[Warmup, Option(OPTIMISATION, "Warm-up, as a share of the steps.")] = 0.05
+    weight_decay: Annotated[NotNegative, Option(OPTIMISATION, "AdamW's weight decay.")] = 0.0
     max_grad_norm: Annotated[
-        NotNegative, Option("Clip gradients to this norm; 0 turns clipping off.")
+        NotNegative, Option(OPTIMISATION, "Clip gradients to this norm; 0 turns clipping off.")
     ] = 1.0
-    steps: Annotated[AtLeastOne | None, Option("Optimizer steps.", default="one epoch")] = None
-    epochs: Annotated[Epochs | None, Option("Passes over the data.")] = None
-    batch_size: Annotated[AtLeastOne, Option("Rows per batch.")] = 8
-    accumulate: Annotated[AtLeastOne, Option("Batches per optimizer step.")] = 1
-    max_length: Annotated[AtLeastOne, Option("Tokens per row; longer rows are cut.")] = 1024
+    steps: Annotated[
+        AtLeastOne | None, Option(OPTIMISATION, "Optimizer steps.", default="one epoch")
+    ] = None
+    epochs: Annotated[Epochs | None, Option(OPTIMISATION, "Passes over the data.")] = None
+    batch_size: Annotated[AtLeastOne, Option(OPTIMISATION, "Rows per batch.")] = 8
+    accumulate: Annotated[AtLeastOne, Option(OPTIMISATION, "Batches per optimizer step.")] = 1
+    max_length: Annotated[AtLeastOne, Option(DATA, "Tokens per row; longer rows are cut.")] = 1024
     loss_on: Annotated[
         Literal["last", "answers", "all"],
-        Option("answers: all turns of the assistant; last: the last one; all: every token."),
+        Option(DATA, "answers: all turns of the assistant; last: the last one; all: every token."),
     ] = "answers"
     chat_template: Annotated[
         bool | str,
-        Option("A file with another chat template than the model's, or alpaca."),
+        Option(DATA, "A file with another chat template than the model's, or alpaca."),
     ] = True
     template_args: Annotated[
         dict[str, Any],
-        Option("A variable of the chat template: enable_thinking=false.", ("--template-arg",)),
+        Option(
+            DATA, "A variable of the chat template: enable_thinking=false.", ("--template-arg",)
+        ),
     ] = dataclasses.field(default_factory=dict)
     date: Day | None = None
     gradient_checkpointing: Annotated[
-        bool, Option("Recompute activations in backward: less memory, more time.")
+        bool, Option(DEVICES, "Recompute activations in backward: less memory, more time.")
     ] = False
     fuse: Annotated[
-        bool, Option("Compute norms, activations and loss in less memory (Llama-like models).")
+        bool,
+        Option(DEVICES, "Compute norms, activations and loss in less memory (Llama-like models)."),
     ] = False
-    dtype: Annotated[str, Option(DTYPE_HELP)] = "auto"
+    dtype: Annotated[str, Option(DEVICES, DTYPE_HELP)] = "auto"
     quantize: Annotated[
         str | None,
         Option(
-            "Keep the base's linear layers in 4 or 8 bits: nf4, int8, torchao-int8.", default="no"
+            DEVICES,
+            "Keep the base's linear layers in 4 or 8 bits: nf4, int8, torchao-int8.",
+            default="no",
         ),
     ] = None
     save_every: Annotated[
         Count | None,
-        Option("Steps between checkpoints; 0 writes none.", default="a fifth of the run"),
+        Option(OUTPUT, "Steps between checkpoints; 0 writes none.", default="a fifth of the run"),
     ] = None
     seed: Annotated[
-        Seed, Option("Seed of the initial values, the rows' order and the held-out rows.")
+        Seed,
+        Option(OPTIMISATION, "Seed of the initial values, the rows' order and the held-out rows."),
     ] = 0
     labels: list[str] | None = None
 
@@ -225,7 +248,7 @@ class Recipe:
         if self.loss_on in EARLIER_WORDS:
             self.loss_on = "answers"
         for name, kind in kinds().items():
-            value = _as_kind(kind, getattr(self, name))
+            value = as_kind(kind, getattr(self, name))
             try:
                 setattr(self, name, checked(kind, value, name))
             except SchemaError as error:
@@ -269,59 +292,3 @@ def option_of(name: str) -> Option | None:
     """
     extras: Sequence[Any] = getattr(kinds()[name], "__metadata__", ())
     return next((extra for extra in extras if isinstance(extra, Option)), None)
-
-
-def plain(kind: Any) -> Any:
-    """Returns a type without its checks and without None.
-
-    >>> plain(Positive | None)
-    <class 'float'>
-    """
-    if typing.get_origin(kind) is Annotated:
-        return plain(typing.get_args(kind)[0])
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        options = [one for one in typing.get_args(kind) if one is not type(None)]
-        return plain(options[0]) if len(options) == 1 else kind
-    return kind
-
-
-def as_number(value: Any) -> Any:
-    """Returns a text that is a number as that number: YAML reads 2e-4 as text.
-
-    >>> as_number("2e-4"), as_number("None"), as_number("cosine")
-    (0.0002, None, 'cosine')
-    """
-    if value == "None":
-        return None
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _as_kind(kind: Any, value: Any) -> Any:
-    """Returns `value` as a field's type, where YAML or a user may write it as another one."""
-    kind = plain(kind)
-    origin = typing.get_origin(kind)
-    if value is None:
-        return None
-    if origin is list:  # one name need not be a list, and a token's id is a name too
-        items = value if isinstance(value, list | tuple) else [value]
-        return [str(item) if isinstance(item, int) else item for item in items]
-    if origin is dict and isinstance(value, dict):
-        of = typing.get_args(kind)[1]
-        return {
-            str(key): as_number(item) if of is Any else _as_kind(of, item)
-            for key, item in value.items()
-        }
-    if kind is str and isinstance(value, int | float):
-        return str(value)
-    if kind in (int, float) and isinstance(value, str):
-        value = as_number(value)
-    if kind is int and isinstance(value, float) and math.isfinite(value) and value == int(value):
-        return int(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    return value

@@ -10,7 +10,7 @@ import yaml
 
 from lorakin.errors import SettingError
 from lorakin.storage import files
-from lorakin.training.recipe import as_number
+from lorakin.training.recipe_values import as_number
 
 MOST_BYTES = 1 << 20
 """The longest recipe that is read."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Spread(NamedTuple):
@@ -70,8 +69,7 @@ def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> Spread:
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     """Returns the bytes that autograd keeps for the backward: storages, without parameters."""
-    parts = [part for p in model.parameters() for part in _plain_parts(p)]
-    own = {part.untyped_storage().data_ptr() for part in parts}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []
 
@@ -85,14 +83,3 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     return sum(kept.values())
-
-
-def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Returns the tensors with storage that a tensor consists of: itself, or what it wraps."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    return [
-        part
-        for name in tensor.__tensor_flatten__()[0]
-        for part in _plain_parts(getattr(tensor, name))
-    ]

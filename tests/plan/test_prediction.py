@@ -34,3 +34,7 @@ def test_quantising_is_arithmetic_over_the_linear_layers() -> None:
     assert quantised(conditions(dtype=torch.bfloat16), "int8")[0] == weights - 4 * rows
     with pytest.raises(SettingError, match="'int3'"):
         quantised(conditions(), "int3")
+    # torchao's layers keep their weight in bfloat16 for the backward, with checkpointing a block's.
+    for checkpointing, blocks in ((False, 1), (True, 2)):
+        given = conditions(dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
+        assert quantised(given, "torchao-int8")[1] == 2 * weights // blocks

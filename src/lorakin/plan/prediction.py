@@ -32,6 +32,8 @@ FRAGMENTATION = 0.3
 peak: gaps between them that no other tensor fits into."""
 QUANTISED = {"nf4": 4.127 / 8, "int8": 1.0, "torchao-int8": 1.0}
 """The bytes for each element of a weight. Eight-bit weights also have a float32 for each output."""
+RESTORED_FOR_BACKWARD = frozenset({"torchao-int8"})
+"""Those whose layers keep their restored weight for the backward; others restore it again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +190,10 @@ def process_peaks(conditions: Conditions, rehearsed: Rehearsed) -> dict[str, int
 
 
 def quantised(conditions: Conditions, quantize: str) -> tuple[int, int]:
-    """Returns the bytes that quantising saves, and those of the largest weight.
+    """Returns the bytes that quantising saves, and those of the weights that are restored at once.
 
-    The largest weight is restored for a moment when it is used.
+    That is the largest, for a moment; or all, of one block with checkpointing, if the backward
+    needs them.
 
     Raises:
         SettingError: `quantize` is not a key of `QUANTISED`.
@@ -199,11 +202,15 @@ def quantised(conditions: Conditions, quantize: str) -> tuple[int, int]:
         raise SettingError(f"quantize must be one of {', '.join(QUANTISED)}, not {quantize!r}")
     model = conditions.model()
     heads = tuple(head_of(model))
-    saved = largest = 0.0
+    saved = largest = restored = 0.0
     for path, module in model.named_modules():
         if is_linear(module) and not path.startswith(heads or (" ",)):
             weight = module.weight
             scales = 4 * len(weight) if QUANTISED[quantize] == 1 else 0
             saved += weight.numel() * (weight.element_size() - QUANTISED[quantize]) - scales
             largest = max(largest, weight.numel() * weight.element_size())
+            restored += weight.numel() * weight.element_size()
+    if quantize in RESTORED_FOR_BACKWARD:
+        blocks = getattr(conditions.config, "num_hidden_layers", None) or 1
+        largest = restored / (blocks if conditions.gradient_checkpointing else 1)
     return round(saved), round(largest)

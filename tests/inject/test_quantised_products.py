@@ -21,10 +21,10 @@ from kernels.test_adapted_linear import METHODS, Gradients, assert_close, fused,
 from lorakin.inject import quantised_products
 
 bnb = pytest.importorskip("bitsandbytes")
-torchao = pytest.importorskip("torchao.quantization")
 
 INPUTS, HIDDEN = 128, 64
-KINDS = ["nf4", "nf4-nested", "fp4-nested", "torchao-int8"]
+KINDS = ["nf4", "nf4-nested", "fp4-nested", "int8"]
+UNLIKE = ["nf4-nested", "int8"]
 KERNELS = {"LinearWithPairBackward", "LinearWithChainBackward", "LinearWithDroppedGainBackward"}
 DROPPED: dict[str, Any] = {
     "lora": lk.LoRA(rank=3, dropout=0.3),
@@ -48,15 +48,14 @@ def net(
 ) -> Any:
     """The same with its weights in few bits, and the rest in `dtype`."""
     model = plain_net(dtype, bias)
-    if kind == "torchao-int8":
-        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-        return model.requires_grad_(False)
     name, _, nested = kind.partition("-")
     for n in (0, 2):
         plain = model[n]
-        packed = bnb.nn.Linear4bit(
-            plain.in_features, plain.out_features, bias, computes or dtype, bool(nested), name
-        )
+        sizes = plain.in_features, plain.out_features, bias
+        if kind == "int8":
+            packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        else:
+            packed = bnb.nn.Linear4bit(*sizes, computes or dtype, bool(nested), name)
         packed.load_state_dict(plain.state_dict())
         packed.bias = plain.bias
         model[n] = packed.to("cpu").requires_grad_(False)
@@ -67,15 +66,19 @@ def twin_of(model: Any, dtype: torch.dtype) -> nn.Sequential:
     """A plain model with the numbers that the quantised one stands for."""
     twin = plain_net(dtype, model[0].bias is not None)
     for n in (0, 2):
-        weight = model[n].weight
-        state = getattr(weight, "quant_state", None)
-        dequantised = (
-            weight.dequantize() if state is None else bnb.functional.dequantize_4bit(weight, state)
-        )
-        twin[n].weight.data = dequantised.data.to(dtype)
+        twin[n].weight.data = dequantised(model[n]).to(dtype)
         if twin[n].bias is not None:
             twin[n].bias.data = model[n].bias.data.to(dtype)
     return twin
+
+
+def dequantised(module: Any) -> Tensor:
+    """The layer's weight by its own library, whole."""
+    weight = module.weight
+    if isinstance(module, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).data
+    scales = module.state.SCB if weight.SCB is None else weight.SCB
+    return weight.data.float() * scales[:, None] / 127
 
 
 def adapted(model: Any, members: Any, near_start: bool = False) -> Any:
@@ -102,7 +105,7 @@ def plain(call: Callable[..., Any], *args: Any) -> Any:
 
 def is_fused(out: Tensor) -> bool:
     kinds = kinds_of_nodes(out)
-    return bool(kinds & KERNELS) and "MatMul4BitBackward" not in kinds
+    return bool(kinds & KERNELS) and not any(kind.startswith("MatMul") for kind in kinds)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -123,7 +126,7 @@ def test_values_and_gradients_are_those_of_plain_operations(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["nf4-nested", "torchao-int8"])
+@pytest.mark.parametrize("kind", UNLIKE)
 @pytest.mark.parametrize("method", METHODS)
 def test_in_a_narrow_dtype_it_is_as_close_to_float64_as_plain_operations(
     method: str, kind: str, dtype: torch.dtype
@@ -151,7 +154,7 @@ def test_in_a_narrow_dtype_it_is_as_close_to_float64_as_plain_operations(
         assert errors[0][name] <= 1.3 * errors[1][name] + least, (name, errors)
 
 
-@pytest.mark.parametrize("kind", ["nf4-nested", "torchao-int8"])
+@pytest.mark.parametrize("kind", UNLIKE)
 @pytest.mark.parametrize("method", DROPPED)
 def test_dropout_is_that_of_a_plain_base(method: str, kind: str) -> None:
     model = adapted(net(kind), DROPPED[method], near_start=True)
@@ -247,7 +250,7 @@ def test_how_often_a_step_unpacks_the_weight() -> None:
             assert spy.call_count - forward - backward == forward + backward - 1, method
 
 
-@pytest.mark.parametrize("kind", ["nf4-nested", "torchao-int8"])
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_backward_keeps_what_it_keeps_of_a_plain_base(kind: str) -> None:
     """`lorakin plan --quantize` rehearses the plain one."""
     for members in (*METHODS.values(), *DROPPED.values()):
@@ -286,8 +289,22 @@ def test_a_frozen_adapter_keeps_its_pair_over_the_same_bits() -> None:
         assert not torch.allclose(model(x), before)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_in_evaluation_int8_rounds_the_inputs_as_its_library_does(method: str) -> None:
+    model = adapted(net("int8"), METHODS[method], near_start=True).eval()
+    model[1] = nn.Identity()  # an output that was overwritten is computed again, unrounded
+    x = torch.randn(200, INPUTS)
+    x[:, 5] *= 20  # an outlier, which is not rounded
+    out = model(x.clone().requires_grad_())
+    assert is_fused(out)
+    torch.testing.assert_close(out, plain(model, x), rtol=1e-4, atol=1e-4)
+    assert_close(fused(model, x), plain(fused, model, x), 2e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(0, INPUTS), (2, 0, INPUTS), (INPUTS,), (2, 1, 3, INPUTS)])
-@pytest.mark.parametrize("kind", ["nf4-nested", "torchao-int8"])
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_inputs_of_every_shape_go_forward_and_backward(kind: str, shape: tuple[int, ...]) -> None:
     for members in (*METHODS.values(), *DROPPED.values()):
         model = adapted(net(kind), members)

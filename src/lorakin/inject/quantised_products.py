@@ -1,7 +1,8 @@
-"""How the kernels multiply by the weights of quantised layers, library by library.
+"""How the kernels multiply by the weights of quantised layers: bitsandbytes'.
 
 For layers and inputs without a `WeightSource`, the library computes the base's product, and plain
-operations the adapter's.
+operations the adapter's. torchao's would take longer: it unpacks slowly, and its own backward does
+not unpack.
 """
 
 from __future__ import annotations
@@ -12,15 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakin.inject.quantised import is_packed, packed_weight
+from lorakin.inject.quantised import packed_weight
 from lorakin.kernels.autograd import PLAIN_TYPES, runs_eagerly
 from lorakin.kernels.weight_source import WeightSource
-
-ROUNDS_INPUTS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "input_quant_func")
-"""Attributes of torchao's tensors whose product is not that of their weight alone."""
 
 
 def weight_source(module: nn.Module, library_forward: Any, x: Any) -> WeightSource | None:
@@ -72,31 +69,38 @@ def bitsandbytes_4_bits(
     return WeightSource(packed, state.shape, dtype, unpack, product, _squares_of(module))
 
 
-def torchao_weight_only(
+def bitsandbytes_8_bits(
     module: Any, library_forward: Any, weight: Any, x: Tensor
 ) -> WeightSource | None:
-    """Returns the weight of an nn.Linear that torchao has quantised, and nothing but its weight."""
-    if library_forward is not nn.Linear.forward or not is_packed(weight):
+    """Returns the weight of a Linear8bitLt, whose product may round the inputs too.
+
+    The backward takes it for that of the dequantised weight, as the library's own does.
+    """
+    library = sys.modules.get("bitsandbytes")
+    if library is None or library_forward is not library.nn.Linear8bitLt.forward:
         return None
-    if any(getattr(weight, name, None) is not None for name in ROUNDS_INPUTS):
+    state, trains = module.state, module.training
+    if weight.CB is not None:
+        # The library's forward would do it.
+        module.init_8bit_state()
+    if state.has_fp16_weights or state.CB is None or _dtype_of_products(x.dtype, x) != x.dtype:
         return None
-    if _dtype_of_products(x.dtype, x) != x.dtype or not hasattr(weight, "__tensor_flatten__"):
-        # Under autocast some of torchao's tensors compute in the dtype of x, others do not.
-        return None
+    packed, scales = state.CB, state.SCB
 
     def unpack(dtype: torch.dtype) -> Tensor:
-        matrix: Tensor = weight.detach().dequantize().to(dtype)
+        matrix: Tensor = packed.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1 / 127))
         return matrix
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias).data
+        state.is_training = trains
+        y: Tensor = library.matmul(x, weight, bias=bias, state=state)
+        return y.data
 
-    packed = getattr(weight, weight.__tensor_flatten__()[0][0])
     squares = _squares_of(module)
-    return WeightSource(packed, weight.shape, x.dtype, unpack, product, squares, is_exact=False)
+    return WeightSource(packed, packed.shape, x.dtype, unpack, product, squares, is_exact=False)
 
 
-SOURCES = (bitsandbytes_4_bits, torchao_weight_only)
+SOURCES = (bitsandbytes_4_bits, bitsandbytes_8_bits)
 
 
 def _squares_of(module: nn.Module) -> Callable[[], Tensor]:

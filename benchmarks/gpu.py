@@ -17,13 +17,15 @@ named.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -48,21 +50,30 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--pretended", action="store_true", help="use the pretended GPU")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--planner", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if unknown := [shape for shape in arguments.shapes if shape not in NAMES]:
         parser.error(f"no shape {unknown[0]!r}; there are {', '.join(NAMES)}")
     if arguments.worker:
         return work(arguments)
+    if arguments.planner:
+        from benchmarks.gpu_plans import plan_until_measured
+
+        plan_until_measured(arguments.out)
+        return 0
 
     deadline = time.monotonic() + 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "plans.json").unlink(missing_ok=True)
     results = Results(arguments.out, {})
     results.write()
     if not arguments.no_tests:
         results.data["tests"] = tested(60 * arguments.minutes * TESTS_SHARE, arguments.pretended)
         results.write()
         print(f"tests/gpu: {results.data['tests']}", flush=True)
-    supervise(arguments, deadline)
+    with planning(arguments, deadline):
+        supervise(arguments, deadline)
+    Results.read(arguments.out).write()  # with the last plans
     print((arguments.out / "results.md").read_text(encoding="utf-8"))
     done = Results.read(arguments.out).data
     measured = any("ratio" in entry for entry in done.get("cells", []))
@@ -82,12 +93,21 @@ def tested(seconds: float, pretended: bool) -> str:
     return "; ".join([lines[-1].strip("= "), *failed[:20]])
 
 
-def run_for(command: Sequence[str], seconds: float, output: IO[str] | None = None) -> int | None:
+def run_for(
+    command: Sequence[str],
+    seconds: float,
+    output: IO[str] | None = None,
+    without_gpu: bool = False,
+) -> int | None:
     """Returns the exit status of a command; None if it was ended because it took longer."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            **({"CUDA_VISIBLE_DEVICES": ""} if without_gpu else {}),
+        },
     )  # fmt: skip
     try:
         return process.wait(max(seconds, 0.0))
@@ -97,6 +117,25 @@ def run_for(command: Sequence[str], seconds: float, output: IO[str] | None = Non
         if isinstance(ended, KeyboardInterrupt):
             raise
         return None
+
+
+@contextlib.contextmanager
+def planning(arguments: argparse.Namespace, deadline: float) -> Iterator[None]:
+    """Lets another process plan inside a `with` block, and until it is done or the time is over."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--planner", "--out"]
+    planner = threading.Thread(
+        target=lambda: run_for(
+            [*command, str(arguments.out.resolve())], deadline - time.monotonic(), without_gpu=True
+        )
+    )
+    planner.start()
+    try:
+        yield
+    finally:
+        results = Results.read(arguments.out)
+        results.data["measured"] = True
+        results.write()
+        planner.join()
 
 
 def supervise(arguments: argparse.Namespace, deadline: float) -> None:

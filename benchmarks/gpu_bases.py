@@ -35,6 +35,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """SmolLM2's, Llama-3.2-1B's and Llama-3-8B's."""
 COMPILED_LAYERS = 2
+TOTAL_STEPS = 10_000
+"""Of the runs whose steps are measured, for members that plan over a run."""
 
 
 def config_of(shape: str, kind: str) -> Any:

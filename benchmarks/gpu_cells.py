@@ -16,16 +16,13 @@ import torch
 import transformers
 
 import lorakin as lk
-from benchmarks.gpu_bases import SHAPES, make_base
+from benchmarks.gpu_bases import SHAPES, TOTAL_STEPS, make_base
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_train import tokens_a_second
 from benchmarks.measure import Spread, interleaved, ratio
 from benchmarks.subjects import SUBJECTS, ours, theirs, twin
-from lorakin.family import Method
-from lorakin.plan.conditions import Conditions
-from lorakin.plan.prediction import Plan, plan_methods
 
-ROWS, TOTAL_STEPS = 4, 10_000
+ROWS = 4
 LONG_STEP = 1.0
 """Seconds. Longer steps are run for three rounds only."""
 CORE = ("lora", "lora, dropout 0.05", "dora", "vera", "adalora")
@@ -130,15 +127,13 @@ class Worker:
         torch.cuda.synchronize()
         rounds = min(self.rounds, 3 if time.perf_counter() - began > LONG_STEP else self.rounds)
         wall = interleaved({"frozen": frozen, "subject": step}, rounds, "cuda")["wall"]
-        peak = peak_of(step)
         return {
             "rows": self.rows,
             "length": length,
             "ratio": ratio(wall, "subject", "frozen"),
             "ms": [1e3 * figure for figure in Spread.of(wall["subject"])],
             "frozen ms": [1e3 * figure for figure in Spread.of(wall["frozen"])],
-            "peak": peak,
-            "planned": None if compiled else self.planned(cell, length),
+            "peak": peak_of(step),
         }
 
     def subject(self, name: str) -> tuple[Any, Any, Callable[[int], Any] | None]:
@@ -174,26 +169,6 @@ class Worker:
                 if rows == 1:
                     raise
                 rows //= 2
-
-    def planned(self, cell: Cell, length: int) -> int | None:
-        """Returns the peak in bytes that `lorakin plan` predicts for the same run."""
-        name = cell.subject.partition(", `")[0].removesuffix(", GradScaler")
-        if name not in SUBJECTS:
-            return None
-        dtype = torch.float16 if cell.kind == "float16" else torch.bfloat16
-        conditions = Conditions(
-            self.base.config,
-            dtype,
-            "cuda",
-            batch_size=self.rows,
-            max_length=length,
-            padded=False,
-            fuse="`lk.fuse`" in cell.subject,
-            steps=TOTAL_STEPS,
-        )
-        method = Method.of(SUBJECTS[name].ours())
-        [plan] = plan_methods(conditions, [method], "nf4" if cell.kind == "nf4" else None)
-        return plan.peak if isinstance(plan, Plan) else None
 
 
 class Step:

@@ -17,7 +17,8 @@ ESTIMATES = Path(__file__).parents[1] / "docs" / "evidence" / "gpu.md"
 class Results:
     """What a run has measured so far, in `results.json` and `results.md` of its folder.
 
-    An entry has its cell (shape, kind, subject), a state (waiting, begun, done), and figures.
+    An entry has its cell (shape, kind, subject), a state (waiting, begun, done), and figures. Plans
+    come from another process, and stand in `plans.json`.
     """
 
     def __init__(self, folder: Path, data: dict[str, Any]) -> None:
@@ -31,8 +32,24 @@ class Results:
     @property
     def entries(self) -> list[dict[str, Any]]:
         """All cells, the most important first."""
-        entries: list[dict[str, Any]] = self.data["cells"]
+        entries: list[dict[str, Any]] = self.data.get("cells", [])
         return entries
+
+    @property
+    def plans(self) -> dict[str, int | None]:
+        """The peaks in bytes that were planned, by `key`; None if there is no plan."""
+        path = self.folder / "plans.json"
+        plans: dict[str, int | None] = {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else plans
+
+    @staticmethod
+    def key(entry: dict[str, Any]) -> str:
+        """Returns the key of an entry's plan."""
+        return f"{' | '.join(entry['cell'])} | {entry.get('rows')}"
+
+    def add_plan(self, entry: dict[str, Any], peak: int | None) -> None:
+        """Notes the planned peak of an entry; writes the plans alone."""
+        self._replace("plans.json", json.dumps({**self.plans, self.key(entry): peak}, indent=1))
 
     def plan(self, cells: Sequence[Sequence[str]]) -> None:
         """Notes the cells of the run, if it has none yet."""
@@ -55,20 +72,20 @@ class Results:
 
     def fail_begun(self, reason: str) -> None:
         """Notes for cells that were begun and never finished why."""
-        for entry in self.entries if "cells" in self.data else ():
+        for entry in self.entries:
             if entry["state"] == "begun":
                 entry |= {"state": "done", "failed": reason}
         self.write()
 
     def write(self) -> None:
         """Writes both files whole: a run may be ended at any time."""
-        for name, text in (
-            ("results.json", json.dumps(self.data, indent=1) + "\n"),
-            ("results.md", "\n".join(markdown(self.data)) + "\n"),
-        ):
-            partial = self.folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.folder / name)
+        self._replace("results.json", json.dumps(self.data, indent=1) + "\n")
+        self._replace("results.md", "\n".join(markdown(self.data, self.plans)) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        partial = self.folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.folder / name)
 
 
 def estimates(text: str) -> dict[str, dict[str, float]]:
@@ -90,8 +107,8 @@ def estimates(text: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def markdown(data: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of the table."""
+def markdown(data: dict[str, Any], plans: dict[str, int | None]) -> Iterator[str]:
+    """Yields the lines of the tables."""
     yield f"**{data.get('machine', 'No GPU was reached')}**"
     yield ""
     yield f"The tests of `tests/gpu`: {data.get('tests', 'not run')}."
@@ -106,7 +123,7 @@ def markdown(data: dict[str, Any]) -> Iterator[str]:
         if kind == "lorakin train":
             yield from _of_training(of_section)
         else:
-            yield from _of_steps(shape, kind, of_section, known.get(shape, {}))
+            yield from _of_steps(shape, kind, of_section, known.get(shape, {}), plans)
     missing = [entry["cell"] for entry in entries if entry["state"] != "done"]
     if missing:
         yield ""
@@ -119,7 +136,11 @@ def markdown(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_steps(
-    shape: str, kind: str, entries: Sequence[dict[str, Any]], known: dict[str, float]
+    shape: str,
+    kind: str,
+    entries: Sequence[dict[str, Any]],
+    known: dict[str, float],
+    plans: dict[str, int | None],
 ) -> Iterator[str]:
     size = next((f"{e['rows']} × {e['length']} tokens, " for e in entries if "rows" in e), "")
     frozen = next((_spread(e["frozen ms"], 1) for e in entries if "frozen ms" in e), None)
@@ -128,7 +149,7 @@ def _of_steps(
     yield f"**A step, {shape}, {size}{what}**{of_base}"
     yield ""
     yield (
-        "| subject | ms | × the frozen base | estimated | its error | peak, MiB | planned | "
+        "| subject | ms | × the frozen base | estimated (H100, 4 rows) | its error | peak, MiB | planned | "
         "planned ÷ peak |"
     )
     yield "|---|---|---|---|---|---|---|---|"
@@ -138,8 +159,8 @@ def _of_steps(
             yield f"| {subject} | {entry['failed'].replace('|', '/')} | – | – | – | – | – | – |"
             continue
         measured = entry["ratio"][0]
-        guess = known.get(subject) if kind == "bfloat16" and entry["rows"] == 4 else None
-        peak, planned = entry["peak"], entry["planned"]
+        guess = known.get(subject) if kind == "bfloat16" else None
+        peak, planned = entry["peak"], plans.get(Results.key(entry))
         cells = [
             subject,
             _spread(entry["ms"], 1),

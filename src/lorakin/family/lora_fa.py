@@ -117,6 +117,8 @@ class Corrected(Rule):
     ∂A ← s⁻² · (Bᵀ B)⁻¹ · ∂A.
     """
 
+    is_same_at_each_step = True
+
     def __init__(self, modules: Sequence[AdaptedModule]) -> None:
         self.modules = modules
         self.inverses: dict[str, Tensor] = {}

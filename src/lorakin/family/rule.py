@@ -61,6 +61,8 @@ class Rule:
 
     grows_after: tuple[int, ...] = ()
     """The steps after which the adapter holds more tensors, which memory must be planned for."""
+    is_same_at_each_step: bool = False
+    """Whether it computes the same at every step, so that a CUDA graph can capture it."""
 
     def before(self, n: int) -> None:
         """Reads or changes the gradients, which are complete, unscaled and not yet used."""

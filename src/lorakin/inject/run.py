@@ -120,7 +120,7 @@ class AdapterRun(Part):
         Raises:
             StateError: a CUDA graph captures the step, whose replays would leave that out.
         """
-        if self.rules and is_capturing():
+        if is_capturing() and not all(rule.is_same_at_each_step for rule in self.rules or ()):
             raise StateError(
                 f"a CUDA graph captures the optimizer's step, but its replays run no Python, so "
                 f"what {self.method.words} does at steps would happen once. Capture the forward "

@@ -68,7 +68,7 @@ class Encoder:
             DataError: a conversation without a chat template, one that cannot be verified, or a
                 text with a class.
         """
-        if isinstance(content, PlainText) and self._takes_template(content.prompt):
+        if isinstance(content, PlainText) and self.takes_template(content.prompt):
             turns = [
                 {"role": "user", "content": content.prompt},
                 {"role": "assistant", "content": content.answer},
@@ -85,7 +85,7 @@ class Encoder:
             )
         return self.answers.encode(content, self.loss_on)
 
-    def _takes_template(self, prompt: str) -> bool:
+    def takes_template(self, prompt: str) -> bool:
         """Returns whether a prompt goes into the template; one that the template wrote does not."""
         if self.template is None or not prompt:
             return False

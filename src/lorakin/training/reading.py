@@ -158,7 +158,7 @@ def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Data
     if not numbered:
         raise DataError(f"data {name!r} has no rows")
     if columns:
-        numbered = [(number, _mapped(name, number, row, columns)) for number, row in numbered]
+        numbered = [(number, mapped(name, number, row, columns)) for number, row in numbered]
     values = [row for _, row in numbered]
     row_format = formats.detected(values, name, layout)
     last_column = row_format.columns[-1]
@@ -182,7 +182,7 @@ def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Data
     return DataRows(name, records, left_out, formats.unused_keys(row_format, values))
 
 
-def _mapped(
+def mapped(
     name: str, number: int, row: Mapping[str, Any], columns: Mapping[str, str]
 ) -> dict[str, Any]:
     if missing := [source for source in columns.values() if source not in row]:

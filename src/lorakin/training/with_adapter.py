@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from lorakin.storage.fingerprint import LABELS
 from lorakin.storage.peft.tasks import is_classifiers
 from lorakin.training.base_class import BaseClass, kind_for
 from lorakin.training.chat_templates import remembered_template, use_remembered
-from lorakin.training.models import Loaded, config_of, incomplete, load, load_model
+from lorakin.training.models import Loaded, config_of, incomplete, load, load_model, load_tokenizer
 from lorakin.training.run_directory import RECIPE
 from lorakin.training.yaml_values import read_yaml
 
@@ -55,13 +56,37 @@ def load_with_adapter(
     loaded = load(name, dtype, kind.labels, quantize, kind.cls)
     if any_head:
         _check_complete(loaded, files)
+    _insert(loaded, files, "default", other_base)
+    return loaded
+
+
+def add_adapter(loaded: Loaded, adapter: str, name: str, other_base: bool = False) -> Loaded:
+    """Puts another adapter into a model that has some; returns the model with its tokenizer.
+
+    Args:
+        loaded: from `load_with_adapter`.
+        adapter: a directory or a hub id.
+        name: the adapter's name in the model.
+        other_base: as for `load_with_adapter`.
+
+    Raises:
+        AdapterError: it cannot be read, or does not fit the model.
+    """
+    files = directory.read(hub.adapter_directory(adapter))
+    tokenizer = load_tokenizer(loaded.name)  # the model's may have another adapter's template
+    added = dataclasses.replace(loaded, tokenizer=tokenizer)
+    tokenizer_fingerprint.remember(added.model, tokenizer)
+    _insert(added, files, name, other_base)
+    return added
+
+
+def _insert(loaded: Loaded, files: directory.AdapterFiles, name: str, other_base: bool) -> None:
     _warn_of_other_base(loaded, files)
     if loaded.tokenizer is not None and remembered_template(files.path) is not None:
         # The adapter answers with this template.
         use_remembered(loaded.tokenizer, files.path)
         tokenizer_fingerprint.remember(loaded.model, loaded.tokenizer)
-    insert_document(loaded.model, "default", files.match(loaded.model, other_base))
-    return loaded
+    insert_document(loaded.model, name, files.match(loaded.model, other_base))
 
 
 def _check_complete(loaded: Loaded, files: directory.AdapterFiles) -> None:

@@ -290,6 +290,16 @@ def test_a_frozen_adapter_keeps_its_pair_over_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_inference_is_what_training_computes(method: str) -> None:
+    model = adapted(net(), METHODS[method], near_start=True).eval()
+    x = torch.randn(7, INPUTS)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), plain(model, x), rtol=1e-4, atol=1e-5)
+        inference = model(x)
+    torch.testing.assert_close(inference, model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_in_evaluation_int8_rounds_the_inputs_as_its_library_does(method: str) -> None:
     model = adapted(net("int8"), METHODS[method], near_start=True).eval()
     model[1] = nn.Identity()  # an output that was overwritten is computed again, unrounded

@@ -121,7 +121,7 @@ class Adapted(Swapped):
         if attached.mixed_batch is not None or attached.merged:
             return None
         library_forward = getattr(super().forward, "__func__", None)
-        weight = branch.kind.weight_for_kernel(self, library_forward, x)
+        weight = branch.kind.weight_for_kernel(self, library_forward, x, branch.method)
         if weight is None:
             return None
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakin.family import FrozenWeight, Pair, Shape
+from lorakin.family import FrozenWeight, Method, Pair, Shape
 from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject.attachments import attachments_or_none
 from lorakin.kernels.weight_source import Weight
@@ -48,13 +48,16 @@ class LayerKind:
         return cls.matrix(weight.detach())
 
     @staticmethod
-    def weight_for_kernel(module: Any, library_forward: Any, x: Any) -> Weight | None:
+    def weight_for_kernel(
+        module: Any, library_forward: Any, x: Any, method: Method
+    ) -> Weight | None:
         """Returns the weight by which `kernels.adapted_linear` multiplies x.
 
         Args:
             module: an adapted module.
             library_forward: the forward of its class before it was adapted.
             x: the module's input.
+            method: the adapter's.
 
         Returns:
             None if no kernel computes this layer for this input.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lorakin.family import FrozenWeight, Pair, Shape, UnadaptedModule
+from lorakin.family import FrozenWeight, Method, Pair, Shape, UnadaptedModule
 from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised, quantised_products
 from lorakin.inject.convolutions import ConvolutionLayer, PeftGroupedConvolution
@@ -63,7 +63,9 @@ class LinearLayer(LayerKind):
         return matrix
 
     @staticmethod
-    def weight_for_kernel(module: Any, library_forward: Any, x: Any) -> Weight | None:
+    def weight_for_kernel(
+        module: Any, library_forward: Any, x: Any, method: Method
+    ) -> Weight | None:
         weight: Tensor | None = module._parameters.get("weight")
         if library_forward is not nn.Linear.forward or not adapted_linear.applies(x, weight):
             return None
@@ -92,7 +94,13 @@ class QuantisedLayer(LinearLayer):
         return quantised.packed_weight(module)
 
     @staticmethod
-    def weight_for_kernel(module: Any, library_forward: Any, x: Any) -> Weight | None:
+    def weight_for_kernel(
+        module: Any, library_forward: Any, x: Any, method: Method
+    ) -> Weight | None:
+        is_inference = not (module.training or torch.is_grad_enabled())
+        if is_inference and not method.has_gain and quantised.device_of(module).type == "cpu":
+            # Plain operations beside the library's forward take as long, VeRA's less.
+            return None
         return quantised_products.weight_source(module, library_forward, x)
 
     @staticmethod
@@ -118,7 +126,9 @@ class ExpertLayer(LinearLayer):
     modules: ClassVar[tuple[type[nn.Module], ...]] = (ExpertMatrix,)
 
     @staticmethod
-    def weight_for_kernel(module: Any, library_forward: Any, x: Any) -> Weight | None:
+    def weight_for_kernel(
+        module: Any, library_forward: Any, x: Any, method: Method
+    ) -> Weight | None:
         return None
 
     @staticmethod

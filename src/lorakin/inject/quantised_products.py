@@ -41,10 +41,10 @@ def bitsandbytes_4_bits(
     module: Any, library_forward: Any, weight: Any, x: Tensor
 ) -> WeightSource | None:
     """Returns the weight of a Linear4bit: NF4 or FP4, with or without nested scales."""
-    library, given = sys.modules.get("bitsandbytes"), getattr(weight, "quant_state", None)
-    if library is None or library_forward is not library.nn.Linear4bit.forward or given is None:
+    library, state = sys.modules.get("bitsandbytes"), getattr(weight, "quant_state", None)
+    if library is None or library_forward is not library.nn.Linear4bit.forward or state is None:
         return None
-    if getattr(given, "packing_format_for_cpu", False):
+    if getattr(state, "packing_format_for_cpu", False):
         return None
     if not module.compute_type_is_set:
         # The library's forward would do it.
@@ -54,11 +54,12 @@ def bitsandbytes_4_bits(
     if dtype is None:
         return None
 
-    state, packed = copy.copy(given), weight.detach()
+    packed = weight.detach()
 
     def unpack(dtype: torch.dtype) -> Tensor:
-        state.dtype = dtype
-        matrix: Tensor = library.functional.dequantize_4bit(packed, state)
+        wanted = copy.copy(state)
+        wanted.dtype = dtype
+        matrix: Tensor = library.functional.dequantize_4bit(packed, wanted)
         return matrix
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ inject/cast_tensors.py has cast the pair; a gain is cast here, as its distance f
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ def adapted_linear(
 
     dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
     cast_bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         cast_x, cast_weight = _cast_input(x, dtype), weight.to(dtype)
         y = _dispatch(x, cast_x, cast_weight, cast_bias, change, dropout, group)
         return y.to(x.dtype) if is_quantised else y

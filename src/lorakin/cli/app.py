@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from lorakin.cli import (
+    chat,
     combine,
     compare,
     convert,
@@ -58,6 +59,7 @@ for module in (
     plan,
     compare,
     generate,
+    chat,
     evaluate,
     export,
     merge,

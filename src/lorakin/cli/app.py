@@ -18,6 +18,7 @@ from lorakin.cli import (
     compare,
     convert,
     demo,
+    doctor,
     evaluate,
     export,
     generate,
@@ -67,6 +68,7 @@ for module in (
     convert,
     inspect,
     methods,
+    doctor,
     demo,
 ):
     name = module.__name__.rpartition(".")[2]

@@ -144,9 +144,10 @@ def are_one(member: str, engine: str, base: str, together: Path) -> None:
     one, two = (together / f"{which}-{member}-{base}" for which in ("one", engine))
     losses = [torch.tensor(json.loads((place / "losses.json").read_text())) for place in (one, two)]
     assert len(losses[0]) == 8
-    loose = (
-        base == "int8"
-    )  # which rounds each row of activations by its largest, in batches of other sizes
+    # int8 rounds each row of activations by its largest, in batches of other sizes. LoRA+ steps so
+    # fast that it makes much of rounding: on plain layers, too, it ends a thousand times as far
+    # apart as LoRA (3e-4 against 5e-7 of the change).
+    loose = base == "int8" or member == "lora+"
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=3e-3 if loose else 1e-4)
     mine, theirs = (changes(place / "adapter", base) for place in (two, one))
     assert (two / "adapter" / "adapter_config.json").read_text() == (

@@ -224,6 +224,27 @@ def test_replays_with_dropout_are_random_and_right_on_average(method: str) -> No
     assert (change < 6 * stacked.std(0) / 200**0.5 + 1e-5).all()
 
 
+@pytest.mark.parametrize("shape", [(6, 16), (2, 3, 16), (3, 1, 16)], ids=str)
+@pytest.mark.parametrize("method", DROPPED)
+def test_dropout_in_a_graph_for_inputs_of_any_shape(method: str, shape: tuple[int, ...]) -> None:
+    """The layer is linear: its gradient times its input is its output."""
+    stack = Stack(1, 16).to(GPU)
+    moved_from_start(lk.adapt(stack, DROPPED[method](), "all-linear", seed=0))
+    x = torch.randn(shape, device=GPU, requires_grad=True)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor | None]:
+        x.grad = None
+        y = stack.train()(x)
+        y.sum().backward()
+        return y.detach(), x.grad
+
+    graph = Graph(step)
+    for _ in range(2):
+        graph.replay()
+        y, grad = graph.result
+        torch.testing.assert_close((x.detach() * grad).sum(), y.sum(), rtol=1e-4, atol=1e-4)
+
+
 def test_veras_products_of_an_eager_forward_are_not_in_the_graph() -> None:
     stack = Stack(1, 16).to(GPU)
     moved_from_start(lk.adapt(stack, lk.VeRA(rank=8), "all-linear", seed=0))

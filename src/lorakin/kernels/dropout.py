@@ -204,4 +204,5 @@ class DroppedProduct(torch.autograd.Function):
         rows = grad.reshape(-1, len(down))
         back = rows.new_empty(len(rows), down.shape[1])
         back.addmm_(rows, down, beta=0, alpha=ctx.drop.scale)
-        return ctx.drop.zeroed(back.view(*grad.shape[:-1], down.shape[1])), None, None
+        # As rows, like the input of `product`: a draw in a CUDA graph keeps its mask.
+        return ctx.drop.zeroed(back).view(*grad.shape[:-1], down.shape[1]), None, None

@@ -65,7 +65,7 @@ def signature_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) 
             types[name] = "fp32"
         else:
             types[name] = "i32" if value < 1 << 31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not kernel.params[n].do_not_specialize:
                 divisible[(n,)] = [["tt.divisibility", 16]]
     types |= dict.fromkeys(blocks, "constexpr")
     return ASTSource(kernel, types, constexprs=blocks, attrs=divisible)
@@ -109,6 +109,30 @@ def test_kernels_compile(
             run["gain_gradient"](x, x, x.new_empty(width), x.new_empty(width), True)
     assert len(launches) == 9
     assert_compile(launches, tmp_path)
+
+
+def test_another_seed_or_number_of_tokens_compiles_nothing(
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]],
+) -> None:
+    width, rank, run = 4096, 16, triton_operators.IMPLEMENTATIONS
+    made = []
+    for tokens, seed in ((8192, 1 << 61), (8191, (1 << 61) + 1)):
+        x, back, down = (
+            torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            for shape in ((tokens, width), (tokens, rank), (rank, width))
+        )
+        run["dropped_product"](x, down, seed, 6554)
+        run["dropped_down_gradient"](back, x, 0.5, seed, 6554)
+        run["dropped_input_product"](back, down, 0.5, seed, 6554)
+        run["zeroed"](x, seed, 6554)
+        run["gain_gradient"](x, x, None, x.new_empty(width), False)
+        liger_operators._gated_backward(x[:, :-1], x[:, :-1], x[:, :-1])
+        turned, angles = x.view(1, tokens, 32, 128).transpose(1, 2), x[:, :128].unsqueeze(0)
+        liger_operators._rotated(turned, angles, angles, False)
+        made.append([signature_of(*launch).hash() for launch in launches])
+        launches.clear()
+    assert len(made[0]) == 7
+    assert made[0] == made[1]
 
 
 def test_kernels_of_a_fused_model_compile(

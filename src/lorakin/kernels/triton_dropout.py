@@ -6,6 +6,10 @@ itself. `kernels/triton_operators.py` launches them.
 
 Philox with 7 rounds, the fewest that pass all of TestU01 ("Parallel Random Numbers: As Easy as
 1, 2, 3", 2011), gives four words for a row and eight columns. Each half word decides one entry.
+
+Triton compiles again where a number becomes 1 or divisible by 16, which tells it nothing where no
+address is computed from the number. So seeds and numbers of tokens, which change with each step,
+are not specialised, here and in the other files of kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ def is_kept(seed: tl.tensor, threshold: tl.tensor, rows: tl.tensor, groups: tl.t
     return halves.to(tl.int32) >= threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold", "rows"])
 def zeroed_kernel(
     x: tl.tensor,
     out: tl.tensor,
@@ -52,7 +56,7 @@ def zeroed_kernel(
     tl.store(out + at, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold", "rows"])
 def product_kernel(
     x: tl.tensor,
     down: tl.tensor,
@@ -88,7 +92,7 @@ def product_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold", "rows"])
 def down_gradient_kernel(
     back: tl.tensor,
     x: tl.tensor,
@@ -125,7 +129,7 @@ def down_gradient_kernel(
     tl.store(out + at, (total * scale).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold", "rows"])
 def input_product_kernel(
     back: tl.tensor,
     down: tl.tensor,

@@ -50,7 +50,7 @@ def row_norms_kernel(
     tl.store(out + row, tl.sqrt(squares), mask=row < outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gain_gradient_kernel(
     delta: tl.tensor,
     multiplied: tl.tensor,

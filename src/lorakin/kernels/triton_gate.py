@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["numbers"])  # type: ignore[untyped-decorator]
 def gated_backward_kernel(
     grad: tl.tensor,
     gate: tl.tensor,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def rotated_kernel(
     x: tl.tensor,
     cos: tl.tensor,

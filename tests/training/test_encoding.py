@@ -12,8 +12,9 @@ import pytest
 
 import lorakin as lk
 from lorakin.training.chat_templates import use_template
-from lorakin.training.encoding import encode, encode_labelled, prompt_ids
+from lorakin.training.encoding import encode, prompt_ids
 from lorakin.training.reading import DataRows, read_rows, split, summary
+from lorakin.training.tasks import task_for
 from lorakin.training.token_labels import IGNORED
 
 Write = Callable[..., str]
@@ -286,14 +287,14 @@ def test_labels(write_rows: Write, tokenizer: Any) -> None:
     assert rows.is_classification
     assert rows.labels() == ["no", "yes"]
     assert summary(rows).startswith("2 rows, format classification: 'yes' × 1")
-    encoded = encode_labelled(rows, tokenizer, 100, rows.labels())
+    encoded = task_for(rows).encode(rows, tokenizer, 100)
     assert [example["labels"] for example in encoded.examples] == [1, 0]
     numbers = read_rows(write_rows([{"sentence": "a", "label": 10}, {"sentence": "b", "label": 2}]))
     assert numbers.labels() == ["2", "10"], "numbers in their order"
     with pytest.raises(lk.DataError, match="yes"):
-        encode_labelled(rows, tokenizer, 100, ["a", "b"])
+        task_for(rows, ["a", "b"]).encode(rows, tokenizer, 100)
     for labels, message in (
-        ([0.5, 1.0], "label 0.5"),
+        (["a", "b", {"c": 1}], "label {'c': 1}"),
         ([1, 1], "all 2 rows have the same label '1'"),
         ([None, 1], "row 1: label is null, so the row has no class"),
     ):

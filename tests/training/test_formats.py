@@ -442,4 +442,4 @@ def test_answers_not_to_imitate_however_they_are_marked(label: Any, write_rows: 
 
 def test_pairs_of_texts_are_no_single_text(write_rows: Write) -> None:
     with pytest.raises(lk.DataError):
-        said({"question": "q", "sentence": "s", "label": 1, "idx": 3}, write_rows)
+        said({"sentence": "s", "context": "c", "label": 1, "idx": 3}, write_rows)

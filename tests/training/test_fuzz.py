@@ -23,10 +23,11 @@ import yaml
 
 import lorakin as lk
 import soak
-from lorakin.training.encoding import encode, encode_labelled
+from lorakin.training.encoding import encode
 from lorakin.training.reading import read_rows, split
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe
+from lorakin.training.tasks import task_for
 
 COUNT = soak.count("LORAKIN_FUZZ", 400)
 LONGEST, MOST_MEMORY = 10, 500 << 20
@@ -267,7 +268,7 @@ def test_data_files(tmp_path: Path, watched: Watched, tokenizer: Any) -> None:
         rows = read_rows(str(path))
         for part in split(rows, 0.3, 0):
             if rows.is_classification:
-                encode_labelled(part, tokenizer, 16, rows.labels())
+                task_for(part, rows.labels()).encode(part, tokenizer, 16)
             else:
                 encode(part, tokenizer, 16)
 

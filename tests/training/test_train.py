@@ -26,6 +26,7 @@ from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe
+from lorakin.training.tasks import language
 from lorakin.training.with_adapter import load_with_adapter
 
 Write = Callable[..., str]
@@ -240,7 +241,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(
     """The loss of the fifth step is made NaN; the adapter after step 3, whose forward gave the last
     finite loss, is kept.
     """
-    real = run_trainer.answer_loss
+    real = language.answer_loss
     seen: list[list[Tensor]] = []
     holder: list[lk.Adapter] = []
 
@@ -250,7 +251,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(
         value = real(outputs, labels, num_items_in_batch)
         return value * float("nan") if len(seen) == 5 else value
 
-    monkeypatch.setattr(run_trainer, "answer_loss", loss)
+    monkeypatch.setattr(language, "answer_loss", loss)
     prepared = training.prepare(recipe, Console(file=io.StringIO()))
     holder.append(prepared.adapter)
     with pytest.raises(lk.DivergedError, match="--lr") as caught:
@@ -266,7 +267,7 @@ def test_divergence_at_the_first_step_keeps_nothing(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        run_trainer,
+        language,
         "answer_loss",
         lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * float("nan"),
     )

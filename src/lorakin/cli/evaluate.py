@@ -1,8 +1,9 @@
-"""The command `lorakin evaluate`: prints loss and perplexity, or accuracy, on rows of data."""
+"""The command `lorakin evaluate`: prints the metrics of rows of data, and writes the answers."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,28 +11,48 @@ from lorakin.cli.options import (
     Dtype,
     Json,
     Model,
-    OptionalAdapter,
     OtherBase,
     console_for,
     examples,
     print_json,
 )
 from lorakin.cli.recipe_options import recipe_options
+from lorakin.terminal import Terminal, labelled
 from lorakin.training.recipe import DATA_HELP
+
+if TYPE_CHECKING:
+    from lorakin.training.tasks import Evaluation
 
 EXAMPLES = examples(
     "lorakin evaluate --model smollm2 --adapter adapter --data held_out.jsonl",
     "lorakin evaluate --model smollm2 --data held_out.jsonl --json",
+    "lorakin evaluate --model minilm --adapter a --adapter b --data held_out.jsonl",
+    "lorakin evaluate --model minilm --adapter a --data held_out.jsonl --predictions answers.jsonl",
 )
 
 
-@recipe_options("columns", "format", "chat_template", "quantize")
+@recipe_options("columns", "format", "chat_template", "quantize", "task")
 def command(
     model: Model,
     data: Annotated[
         list[str], typer.Option("--data", "-d", help=f"Rows to evaluate on. {DATA_HELP}")
     ],
-    adapter: OptionalAdapter = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            show_default=False,
+            help="An adapter's directory or hub id; without one, the base alone. Several are "
+            "compared with the first, row by row.",
+        ),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            show_default=False, help="A new JSONL file for what was answered beside what is right."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens per row; longer rows are cut.")
@@ -43,17 +64,60 @@ def command(
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """Print loss and perplexity on the answers of a data set.
+    """Print the metrics of a data set, with 95 % intervals over its rows.
 
-    For a classifier, loss and accuracy.
+    They are loss and perplexity on the answers of a language model; accuracy, F1 and Matthews
+    correlation of a classifier; Pearson and Spearman correlation of numbers. Several adapters are
+    compared by a paired test on the same rows.
     """
-    from lorakin.training.evaluate import described, evaluate_rows
+    from lorakin.training import predictions as answers_file
+    from lorakin.training.evaluate import evaluate_rows
 
-    figures = evaluate_rows(
-        model, adapter, data, batch_size=batch_size, max_length=max_length, loss_on=loss_on,
-        dtype=dtype, other_base=other_base, layout=flags.pop("format", None), **flags,
-    )  # fmt: skip
+    adapters: list[str | None] = list(adapter or ()) or [None]
+    if predictions is not None:
+        answers_file.check(predictions, adapters)
+    layout = flags.pop("format", None)
+    found = [
+        evaluate_rows(
+            model, name, data, batch_size=batch_size, max_length=max_length, loss_on=loss_on,
+            dtype=dtype, other_base=other_base, layout=layout, **flags,
+        )
+        for name in adapters
+    ]  # fmt: skip
+    if predictions is not None:
+        answers_file.write(predictions, found[0])
     if as_json:
-        print_json({"model": model, "adapter": adapter, "data": data, **figures.as_dict()})
+        print_json({"model": model, "data": data, **_figures(adapters, found)})
     else:
-        console_for(as_json).print(described(figures))
+        _show(console_for(as_json), adapters, found)
+
+
+def _figures(adapters: list[str | None], found: list[Evaluation]) -> dict[str, Any]:
+    """Returns the figures of the first adapter; those of others beside it are under `others`."""
+    from lorakin.training.paired import paired
+
+    figures: dict[str, Any] = {"adapter": adapters[0], **found[0].as_dict()}
+    if len(found) > 1:
+        figures["others"] = [
+            {"adapter": name, **one.as_dict(), **vars(paired(found[0], one))}
+            for name, one in zip(adapters[1:], found[1:], strict=True)
+        ]
+    return figures
+
+
+def _show(console: Terminal, adapters: list[str | None], found: list[Evaluation]) -> None:
+    from lorakin.training.evaluate import described
+    from lorakin.training.paired import paired
+    from lorakin.training.predictions import confusions
+
+    if len(found) == 1:
+        console.print(described(found[0]))
+        if (answer := found[0].only_answer) is not None:
+            console.print(f"every row is answered {answer!r}: the figures are those of a constant")
+        if (table := confusions(found[0])) is not None:
+            console.print(table)
+        return
+    for name, one in zip(adapters, found, strict=True):
+        console.print(labelled(f"{name}  ", described(one)))
+    for name, one in zip(adapters[1:], found[1:], strict=True):
+        console.print(labelled(f"{name} against {adapters[0]}  ", str(paired(found[0], one))))

@@ -33,12 +33,12 @@ from lorakin.errors import DivergedError, LorakinError, LorakinWarning
 from lorakin.storage.summary import importance_in
 from lorakin.terminal import Terminal
 from lorakin.training import train
-from lorakin.training.evaluate import Evaluation, evaluate
 from lorakin.training.prepare import encoded
 from lorakin.training.progress import Metrics, memory_bytes, peak_memory_bytes
 from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import METRICS
+from lorakin.training.tasks import Evaluation
 
 TIMED_STEPS = 6
 """The number of steps of a trial that only times a step."""
@@ -179,9 +179,11 @@ def _evaluate_untrained(job: TrialJob, row: ResultRow) -> ResultRow:
 def _report(job: TrialJob, prepared: train.PreparedRun) -> Evaluation:
     """Evaluates the model on the rows to report on."""
     recipe, loaded = prepared.recipe, prepared.loaded
-    data = read_rows(job.report_data, layout=recipe.format)
-    rows = encoded(recipe, data, loaded, prepared.labels)
-    return evaluate(loaded.model, prepared.collator(), rows.examples, recipe.batch_size)
+    data = read_rows(job.report_data, layout=recipe.format, task=prepared.task.word)
+    rows = encoded(recipe, data, loaded, prepared.task)
+    return prepared.task.evaluate(
+        loaded.model, prepared.collator(), rows.examples, recipe.batch_size
+    )
 
 
 def _losses(out: Path) -> list[float]:

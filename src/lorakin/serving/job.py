@@ -17,10 +17,10 @@ from lorakin.storage import directory
 from lorakin.switching import adapters
 from lorakin.training.base_class import BaseClass, kind_for
 from lorakin.training.chat_templates import use_template
-from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.limits import check_rows, position_count
 from lorakin.training.models import Loaded, config_of
 from lorakin.training.reading import read_rows
+from lorakin.training.tasks import task_of_model
 from lorakin.training.with_adapter import load_with_adapter, recipe_labels
 
 FITTED_ROWS, COMPARED_ROWS, BATCH, LENGTH = 64, 16, 8, 512
@@ -118,14 +118,10 @@ class ExportJob:
                 f"--data holds text, and {self.name} has no tokenizer to read it with"
             )
         length = min(LENGTH, position_count(loaded.model) or LENGTH)
-        if rows.is_classification:
-            names = loaded.model.config.id2label
-            encoded = encode_labelled(
-                rows, loaded.tokenizer, length, [names[n] for n in sorted(names)]
-            )
-        else:
+        task = task_of_model(rows, loaded.model)
+        if task.labels is None:
             use_template(loaded.tokenizer, True, rows)
-            encoded = encode(rows, loaded.tokenizer, length)
+        encoded = task.encode(rows, loaded.tokenizer, length)
         check_rows(encoded.examples, loaded, encoded.where, rows.name)
         return encoded.examples
 

@@ -67,9 +67,9 @@ def digest(*parts: Sequence[Row]) -> int:
     for part in parts:
         for row in part:
             labels = row["labels"] if isinstance(row["labels"], list) else [row["labels"]]
-            found.update(
-                array.array("q", [len(row["input_ids"]), *row["input_ids"], *labels]).tobytes()
-            )
+            found.update(array.array("q", [len(row["input_ids"]), *row["input_ids"]]).tobytes())
+            kind = "d" if any(isinstance(label, float) for label in labels) else "q"
+            found.update(array.array(kind, labels).tobytes())
         found.update(b"|")
     return int(found.hexdigest()[:12], 16)
 
@@ -95,6 +95,21 @@ def stratified_sample(examples: Sequence[Row], share: float, seed: int) -> list[
     ]
     chance.shuffle(chosen)
     return chosen
+
+
+def row_losses(outputs: Any, labels: Tensor) -> Tensor:
+    """Returns the summed cross-entropy of each row's labelled tokens, (rows,), in float32.
+
+    Args:
+        outputs: a model's, with logits of shape (rows, positions, vocabulary).
+        labels: of a batch of `AnswerCollator`.
+    """
+    following = labels[:, 1:].to(outputs.logits.device)
+    logits = outputs.logits[:, : following.shape[1]].float()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(following.shape).sum(1)
 
 
 def answer_loss(

@@ -62,10 +62,14 @@ class PlainText:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A text and its class, as the class stands in the data."""
+    """A text, perhaps a second one, and their label, as it stands in the data.
+
+    A label is a class, a list of classes, or a number.
+    """
 
     text: str
     label: Any
+    second: str | None = None
 
 
 Content = Conversation | PlainText | Labelled

@@ -207,32 +207,6 @@ def _learns(labels: Sequence[int]) -> bool:
     return any(label != IGNORED for label in labels)
 
 
-def encode_labelled(
-    rows: DataRows, tokenizer: Any, max_length: int, labels: Sequence[str]
-) -> Encoded:
-    """Tokenises rows for a classifier.
-
-    Args:
-        rows: the rows.
-        tokenizer: a transformers tokenizer.
-        max_length: tokens at which rows are cut.
-        labels: the classes, in order.
-
-    Raises:
-        DataError: a row without a text and a class, or with a class that is not among `labels`.
-    """
-    numbers = {label: number for number, label in enumerate(labels)}
-    examples = []
-    for record in rows.records:
-        if not isinstance(record.content, Labelled):
-            raise DataError(f"{record.where}: format {record.source.format.name} has no class")
-        if (label := record.label()) not in numbers:
-            raise DataError(f"{record.where}: label {label!r} is none of {', '.join(labels)}")
-        ids = tokenizer(record.content.text, truncation=True, max_length=max_length)["input_ids"]
-        examples.append({"input_ids": ids, "labels": numbers[label]})
-    return Encoded(examples, 0, where=[record.where for record in rows.records])
-
-
 def prompt_ids(prompt: str, tokenizer: Any, chat_template: bool = True) -> list[int]:
     """Returns the tokens that training puts before the answer to `prompt`."""
     encoder = Encoder(tokenizer)

@@ -35,11 +35,16 @@ from lorakin.training.messages import (
 )
 
 CLASSIFICATION = "classification"
+LANGUAGE, MULTI_LABEL, REGRESSION = "language", "multi-label", "regression"
+TASKS = (LANGUAGE, CLASSIFICATION, MULTI_LABEL, REGRESSION)
+"""The words of the tasks."""
 PAIRS = (
-    "question", "question1", "question2", "sentence1", "sentence2", "premise", "hypothesis",
-    "text_pair", "text1", "text2",
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"), ("text", "text_pair"), ("text1", "text2"), ("question", "answer"),
+    ("query", "passage"),
 )  # fmt: skip
-"""Columns with a second text, for classifiers of pairs."""
+"""Columns of pairs of texts, for classifiers of pairs."""
+LABELS = ("label", "labels", "score")
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 EMPTY: tuple[Any, ...] = (None, [], {}, "")
@@ -115,11 +120,13 @@ def _squad(row: Values) -> PlainText:
     return PlainText(_with_context(row, "question", ("context",)), answer)
 
 
-def _labelled(text: str, label: str) -> Callable[[Values], Labelled]:
+def _labelled(label: str, *texts: str) -> Callable[[Values], Labelled]:
     def read(row: Values) -> Labelled:
-        if not isinstance(row[text], str) or not row[text].strip():
-            raise DataError(f"{text} is {short_json(row[text])}, expected text")
-        return Labelled(row[text], row[label])
+        for text in texts:
+            if not isinstance(row[text], str) or not row[text].strip():
+                raise DataError(f"{text} is {short_json(row[text])}, expected text")
+        first, second = row[texts[0]], row[texts[1]] if len(texts) > 1 else None
+        return Labelled(first, row[label], second)
 
     return read
 
@@ -160,6 +167,11 @@ ASKED = (
 )  # fmt: skip
 ASKED_TOO = ("context", *SYSTEM, "history", *TOOLS)
 FORMATS = (
+    *(
+        Format(CLASSIFICATION, (*pair, label), (), _labelled(label, *pair))
+        for pair in PAIRS
+        for label in LABELS
+    ),
     Format("messages", ("messages",), (*TOOLS, *SYSTEM), _messages),
     Format("sharegpt", ("conversations",), (*TOOLS, *SYSTEM), _sharegpt),
     *(
@@ -170,9 +182,9 @@ FORMATS = (
     Format("prompt/completion", ("query", "answers"), (*SYSTEM, *TOOLS), _called),
     Format("squad", ("question", "answers"), ("context",), _squad),
     *(
-        Format(CLASSIFICATION, (text, label), (), _labelled(text, label))
+        Format(CLASSIFICATION, (text, label), (), _labelled(label, text))
         for text in ("text", "sentence")
-        for label in ("label", "labels")
+        for label in LABELS[:2]
     ),
     Format("text", ("text",), (), _plain),
 )
@@ -233,7 +245,7 @@ def read(layout: Format, row: Values, mapped: bool) -> Content:
         DataError: a column that is missing, of a wrong type, or that changes the row's meaning.
     """
     if absent := [column for column in layout.columns if row.get(column) is None]:
-        if layout.name == CLASSIFICATION and absent == [layout.columns[1]] and absent[0] in row:
+        if layout.name == CLASSIFICATION and absent == [layout.columns[-1]] and absent[0] in row:
             raise DataError(f"{absent[0]} is null, so the row has no class; remove such rows")
         raise DataError(f"{absent[0]} is {'null' if absent[0] in row else 'missing'}")
     if not mapped:
@@ -283,10 +295,12 @@ def _check_meaning(layout: Format, row: Values) -> None:
             f"{media[0]} is {short_json(row[media[0]])}, and only text can be trained on{way_out}"
         )
     if layout.name == CLASSIFICATION:
-        if pair := [key for key in PAIRS if key in others]:
+        seconds = {column for pair in PAIRS for column in pair} | {"context"}
+        if pair := sorted(seconds & others):
             raise DataError(
-                f"{pair[0]} stands beside {layout.columns[0]}, "
-                f"and pairs of texts cannot be classified yet{way_out}"
+                f"{pair[0]} stands beside {' and '.join(layout.columns[:-1])}; to classify pairs "
+                f"of texts, name both: --columns text1={layout.columns[0]},text2={pair[0]},"
+                f"label={layout.columns[-1]}{way_out}"
             )
     elif "label" in others and SAYS.get(str(row["label"]).lower()) is False:
         raise DataError(

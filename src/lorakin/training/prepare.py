@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from lorakin.loop import float16_base
 from lorakin.storage import atomic, paths, tokenizer_fingerprint
 from lorakin.training import limits, processes, reading, run_directory, schedules
 from lorakin.training.chat_templates import TEMPLATE, template_named, use_template
-from lorakin.training.encoding import Encoded, encode, encode_labelled
+from lorakin.training.encoding import Encoded
 from lorakin.training.models import Loaded, config_of, load_model
 from lorakin.training.probe import measure_importance, measured_by
 from lorakin.training.reading import DataRows
@@ -34,6 +33,7 @@ from lorakin.training.recipe_file import write_recipe
 from lorakin.training.run import PreparedRun
 from lorakin.training.run_directory import RunDirectoryLock
 from lorakin.training.run_report import show_rows, show_run
+from lorakin.training.tasks import Task, task_for
 from lorakin.training.templates import Template
 from lorakin.training.tokens import rows_of
 
@@ -73,25 +73,25 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     if isinstance(recipe.chat_template, str):
         template_named(recipe.chat_template)
 
-    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format)
+    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task)
     check_meant(recipe, rows)
     train_rows, held_rows = _held_out(recipe, rows)
-    labels = (recipe.labels or rows.labels()) if rows.is_classification else None
+    task = task_for(rows, recipe.labels)
     show_rows(console, rows, held_rows)
 
     torch.manual_seed(recipe.seed)  # a classifier's new head is drawn while loading
-    loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
+    loaded = load_model(recipe.model, recipe.dtype, task.labels, recipe.quantize)
     if recipe.fuse:
         fuse(loaded.model)
     wanted = recipe.max_length
     length = limits.row_length(limits.position_count(loaded.model), wanted)
-    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, max_length=length)
+    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=task.labels, max_length=length)
     recipe, template = _with_template(recipe, loaded, rows)
-    train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
+    train, held_out = (encoded(recipe, part, loaded, task) for part in (train_rows, held_rows))
     limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
 
     out = Path(recipe.out).expanduser()
-    run = PreparedRun(recipe, out, loaded, train, held_out, labels, directory_lock, console)
+    run = PreparedRun(recipe, out, loaded, train, held_out, task, directory_lock, console)
     method.resolved(run.total_steps)
     _check_schedule(recipe, run.total_steps)
     schedules.check_evaluations(
@@ -154,7 +154,7 @@ def _place_adapter(run: PreparedRun, method: Method, template: str | None) -> No
 def _where(run: PreparedRun) -> dict[str, Any]:
     """Returns the arguments of `adapt` that say what is adapted and what is trained whole."""
     recipe, model = run.recipe, run.loaded.model
-    whole = list(recipe.modules_to_save or (head_of(model) if run.labels is not None else []))
+    whole = list(recipe.modules_to_save or (head_of(model) if run.task.labels is not None else []))
     heads = tuple(f"{path}." for path in find_whole_modules(model, whole)) if whole else ()
     # What the base's files lack, such as a pooler, is random, so it is trained too.
     whole += [path for path in run.loaded.fresh if not f"{path}.".startswith(heads)]
@@ -178,15 +178,16 @@ def check_meant(recipe: Recipe, rows: DataRows) -> None:
     Raises:
         DataError: the recipe says neither a format nor labels.
     """
-    if not rows.is_classification or recipe.format is not None or recipe.labels is not None:
+    explicit = recipe.format, recipe.labels, recipe.task
+    if not rows.is_classification or any(setting is not None for setting in explicit):
         return
     kinds = getattr(config_of(recipe.model), "architectures", None) or ()
     if any(str(kind).endswith(LANGUAGE_MODELS) for kind in kinds):
-        text, label = rows.records[0].source.format.columns
+        *texts, label = rows.records[0].source.format.columns
         raise DataError(
-            f"{rows.name} has the columns {text} and {label}, and {recipe.model} is a language "
-            f"model: say which is meant, --format classification to train a classifier of {label}, "
-            f"or --format text to learn to write {text}"
+            f"{rows.name} has the columns {', '.join(texts)} and {label}, and {recipe.model} is a "
+            f"language model: say which is meant, --task {rows.task} to learn {label}, or --format "
+            f"text or prompt/completion to learn to write {texts[-1]}"
         )
 
 
@@ -194,7 +195,8 @@ def _held_out(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
     """Returns the rows to train on and the rows to evaluate on."""
     if recipe.eval_data is None:
         return reading.split(rows, recipe.holdout, recipe.seed)
-    held_out = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format)
+    task = rows.task if rows.is_classification else None
+    held_out = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format, task)
     if held_out.is_classification != rows.is_classification:
         raise DataError(
             f"{recipe.eval_data} has format {held_out.formats[0]}, "
@@ -203,24 +205,20 @@ def _held_out(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
     return rows, held_out
 
 
-def encoded(
-    recipe: Recipe, rows: DataRows, loaded: Loaded, labels: Sequence[str] | None
-) -> Encoded:
+def encoded(recipe: Recipe, rows: DataRows, loaded: Loaded, task: Task) -> Encoded:
     """Tokenises rows as the recipe says.
 
     Args:
         recipe: its row length, what the loss is on, and the day that the template prints.
         rows: the rows.
         loaded: the model and its tokenizer.
-        labels: a classifier's classes, None for a language model.
+        task: what is learned.
 
     Raises:
         DataError: a row that cannot be learned from or that the model cannot read.
     """
-    if labels is not None:
-        result = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
-    else:
-        day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
-        result = encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
+    day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
+    options = {"loss_on": recipe.loss_on, "day": day}
+    result = task.encode(rows, loaded.tokenizer, recipe.max_length, **options)
     limits.check_rows(result.examples, loaded, result.where, rows.name)
     return result

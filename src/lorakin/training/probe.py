@@ -15,7 +15,7 @@ from lorakin.storage import atomic
 from lorakin.storage.summary import IMPORTANCE, importance_in
 from lorakin.terminal import labelled
 from lorakin.training import processes
-from lorakin.training.batches import answer_loss, stratified_sample
+from lorakin.training.batches import stratified_sample
 from lorakin.training.run import PreparedRun
 from lorakin.training.run_report import importance_table
 
@@ -47,17 +47,16 @@ def probe_batches(run: PreparedRun, share: float = 1.0, most: int | None = None)
 
 
 def probe_loss(run: PreparedRun) -> Callable[[Any, Batch], Tensor] | None:
-    """Returns the loss of a model on such a batch; None for the loss that the model computes.
+    """Returns the loss of a model on such a batch; None for the loss that the model computes."""
+    loss = run.task.loss
+    if loss is None:
+        return None
 
-    A language model's batches hold the positions of the answers alone, so its own loss does not
-    fit them.
-    """
-    return None if run.labels is not None else _loss_on_answers
+    def of_batch(model: Any, batch: Batch) -> Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        return loss(model(**inputs), batch["labels"], None)
 
-
-def _loss_on_answers(model: Any, batch: Batch) -> Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return answer_loss(model(**inputs), batch["labels"])
+    return of_batch
 
 
 def measured_by(run: PreparedRun, method: Method) -> dict[str, Any]:

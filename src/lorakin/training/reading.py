@@ -5,14 +5,23 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.training import data_files, formats
-from lorakin.training.contents import Content, Labelled, label_text
-from lorakin.training.formats import CLASSIFICATION, Format
+from lorakin.training.contents import (
+    Content,
+    Labelled,
+    label_text,
+    listed,
+    short_json,
+    unpacked,
+)
+from lorakin.training.formats import CLASSIFICATION, LANGUAGE, MULTI_LABEL, REGRESSION, Format
 
 HOLDOUT_LIMIT = 256
 """The most rows that are held out."""
@@ -63,6 +72,49 @@ class Record:
             )
         return label_text(value)
 
+    def number_label(self) -> float:
+        """Returns the row's label as a number.
+
+        Raises:
+            DataError: it is none.
+        """
+        value = self.content.label if isinstance(self.content, Labelled) else None
+        try:
+            number = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise DataError(
+                f"{self.where}: label {short_json(value)} is not a number, which regression "
+                "learns; for classes say --task classification"
+            )
+        return number
+
+    def label_set(self) -> list[str]:
+        """Returns the names of the row's classes.
+
+        Raises:
+            DataError: its label is not a list of classes.
+        """
+        value = self.content.label if isinstance(self.content, Labelled) else None
+        names = self.source.label_names
+        labels = listed(value, "label")
+        if names is not None and all(isinstance(n, int) and 0 <= n < len(names) for n in labels):
+            labels = [names[n] for n in labels]
+        if wrong := [v for v in labels if not isinstance(v, str | int | float) or not _is_class(v)]:
+            raise DataError(f"{self.where}: label {short_json(wrong[0])} is not a class")
+        return [label_text(label) for label in labels]
+
+
+def _is_fraction(value: Any) -> bool:
+    """Returns whether a label is a number, or the text of one, that is not whole."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return False
+    return isinstance(value, float) and math.isfinite(value) and not float(value).is_integer()
+
 
 def _is_class(value: str | int | float) -> bool:
     return not isinstance(value, float) or (float(value).is_integer() and abs(value) < 2**53)
@@ -75,6 +127,7 @@ class DataRows:
     Attributes:
         name: the sources' names.
         records: the rows that are learned.
+        chosen_task: the task that the user named, None if it is to be detected.
         left_out: how many rows say themselves that they are not to be learned.
         unused: keys that no format reads → how many rows have them.
     """
@@ -82,6 +135,7 @@ class DataRows:
     name: str
     records: list[Record]
     left_out: int = 0
+    chosen_task: str | None = None
     unused: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -94,8 +148,22 @@ class DataRows:
 
     @property
     def is_classification(self) -> bool:
-        """Whether each row is a text and its class."""
+        """Whether each row is a text, or a pair of texts, and its label."""
         return self.formats == [CLASSIFICATION]
+
+    @cached_property
+    def task(self) -> str:
+        """The word of the task that the rows are for: the user's, or what their labels are."""
+        if self.chosen_task is not None:
+            return self.chosen_task
+        if not self.is_classification:
+            return LANGUAGE
+        labels = [r.content.label for r in self.records if isinstance(r.content, Labelled)]
+        if any(isinstance(unpacked(label), list) for label in labels):
+            return MULTI_LABEL
+        named = any(record.source.label_names for record in self.records)
+        is_number = not named and any(_is_fraction(label) for label in labels)
+        return REGRESSION if is_number else CLASSIFICATION
 
     def labels(self) -> list[str]:
         """Returns the classes, in order.
@@ -103,9 +171,14 @@ class DataRows:
         Raises:
             DataError: a label is not a class, labels are of two kinds, or there is only one class.
         """
+        if self.task == REGRESSION:
+            return [self.records[0].source.format.columns[-1]]
         by_source = {record.source.name: record.source.label_names for record in self.records}
         if named := [names for names in by_source.values() if names is not None]:
             return list(dict.fromkeys(name for names in named for name in names))
+        if self.task == MULTI_LABEL:
+            found = {label for record in self.records for label in record.label_set()}
+            return sorted(found, key=lambda label: (int(label) if label.isdigit() else -1, label))
         labels = {record.label() for record in self.records}
         if len(labels) < 2:
             raise DataError(
@@ -119,7 +192,10 @@ class DataRows:
 
 
 def read_rows(
-    names: str | Sequence[str], columns: Mapping[str, str] | None = None, layout: str | None = None
+    names: str | Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    layout: str | None = None,
+    task: str | None = None,
 ) -> DataRows:
     """Reads data files or hub data sets, and what their rows say.
 
@@ -130,6 +206,7 @@ def read_rows(
         columns: a format's column → the column that stands for it in the data. Others are
             ignored then.
         layout: the name of the format; by default it is detected.
+        task: the word of the task; by default it is detected.
 
     Raises:
         DataError: nothing there, unreadable, no rows, columns of no known format, or a row that
@@ -145,12 +222,21 @@ def read_rows(
     unused: collections.Counter[str] = collections.Counter()
     for part in parts:
         unused.update(part.unused)
-    return DataRows(
+    rows = DataRows(
         ", ".join(part.name for part in parts),
         [record for part in parts for record in part.records],
         sum(part.left_out for part in parts),
+        task,
         unused,
     )
+    if task not in (None, LANGUAGE) and not rows.is_classification:
+        wanted = "; ".join(f"{one}, label" for one in ("text", "sentence1, sentence2"))
+        raise DataError(
+            f"--task {task} needs rows with a label ({wanted}), but {rows.name} has format "
+            f"{rows.formats[0]}; say which columns are meant with --columns"
+        )
+    # Rows that are set apart may look like another task by themselves.
+    return dataclasses.replace(rows, chosen_task=rows.task)
 
 
 def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> DataRows:
@@ -179,7 +265,7 @@ def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Data
             f"data {name!r}: all {len(values)} rows say that they are not to be learned"
         )
     left_out = len(values) - len(records)
-    return DataRows(name, records, left_out, formats.unused_keys(row_format, values))
+    return DataRows(name, records, left_out, None, formats.unused_keys(row_format, values))
 
 
 def mapped(
@@ -226,8 +312,15 @@ def split(rows: DataRows, share: float, seed: int) -> tuple[DataRows, DataRows]:
 def summary(rows: DataRows) -> str:
     """Returns one line about rows: how many, of which format, and the classes with their counts."""
     line = f"{len(rows):,} rows, format {' and '.join(rows.formats)}"
-    if rows.is_classification:
-        counts = collections.Counter(record.label() for record in rows.records)
+    if rows.task == REGRESSION:
+        numbers = [record.number_label() for record in rows.records]
+        line += f", a number from {min(numbers):g} to {max(numbers):g}"
+    elif rows.is_classification:
+        named = (
+            record.label_set() if rows.task == MULTI_LABEL else [record.label()]
+            for record in rows.records
+        )
+        counts = collections.Counter(label for labels in named for label in labels)
         line += ": " + ", ".join(f"{value!r} × {count:,}" for value, count in counts.most_common(8))
     if rows.left_out:
         line += f"; {rows.left_out:,} more are left out, as they say themselves"

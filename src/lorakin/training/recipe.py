@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lorakin.errors import SettingError
 from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
-from lorakin.training.formats import NAMES
+from lorakin.training.formats import NAMES, TASKS
 from lorakin.training.recipe_option import DATA, DEVICES, METHOD, OPTIMISATION, OUTPUT, Option
 from lorakin.training.recipe_values import as_kind
 
@@ -50,6 +50,7 @@ Holdout = Annotated[float, Check("a share between 0 and 1", lambda value: 0 < va
 Seed = Annotated[int, Check("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)]
 Day = Annotated[str, Check("a day such as 2026-11-30", _is_day)]
 Layout = Annotated[str, Check(f"one of {', '.join(NAMES)}", NAMES.__contains__)]
+Task = Annotated[str, Check(f"one of {', '.join(TASKS)}", TASKS.__contains__)]
 Sources = Annotated[list[str], Check("at least one file or hub data set", bool)]
 
 
@@ -166,6 +167,10 @@ class Recipe:
     ] = dataclasses.field(default_factory=dict)
     format: Annotated[
         Layout | None, Option(DATA, f"Format of the rows: {', '.join(NAMES)}.", default="detected")
+    ] = None
+    task: Annotated[
+        Task | None,
+        Option(DATA, f"What is learned: {', '.join(TASKS)}.", default="detected"),
     ] = None
     eval_data: Annotated[
         str | None, Option(DATA, "Held-out rows, as for --data.", default="split off the data")

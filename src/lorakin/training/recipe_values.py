@@ -59,6 +59,6 @@ def as_kind(kind: Any, value: Any) -> Any:
         value = as_number(value)
     if kind is int and isinstance(value, float) and math.isfinite(value) and value == int(value):
         return int(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     return value

@@ -8,17 +8,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import transformers
 from rich.console import Console
 
 from lorakin.adapter import Adapter
 from lorakin.training import processes
 from lorakin.training.batches import digest
 from lorakin.training.encoding import Encoded
-from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import RunDirectoryLock
+from lorakin.training.tasks import Evaluation, Task
 
 
 @dataclasses.dataclass
@@ -31,7 +30,7 @@ class PreparedRun:
         loaded: the model and its tokenizer.
         train: the rows to train on, tokenised.
         held_out: the rows to evaluate on, tokenised.
-        labels: a classifier's classes, None for a language model.
+        task: what is learned.
         directory_lock: the lock of the directory, with the checkpoint to resume from.
         console: where the user is told about the run.
         adapter: the adapter, once it is placed.
@@ -42,7 +41,7 @@ class PreparedRun:
     loaded: Loaded
     train: Encoded
     held_out: Encoded
-    labels: list[str] | None
+    task: Task
     directory_lock: RunDirectoryLock
     console: Console
     adapter: Adapter = dataclasses.field(init=False)
@@ -75,14 +74,16 @@ class PreparedRun:
 
     def collator(self) -> Any:
         """Returns the collator that makes batches of this run's rows."""
-        if self.labels is not None:
-            return transformers.DataCollatorWithPadding(self.loaded.tokenizer)
-        return answer_collator(self.loaded.model, self.loaded.tokenizer)
+        return self.task.collator(self.loaded.model, self.loaded.tokenizer)
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, intervals: bool = False) -> Evaluation:
         """Evaluates the model as it is now on the held-out rows."""
-        return evaluate(
-            self.loaded.model, self.collator(), self.held_out.examples, self.recipe.batch_size
+        return self.task.evaluate(
+            self.loaded.model,
+            self.collator(),
+            self.held_out.examples,
+            self.recipe.batch_size,
+            intervals,
         )
 
 

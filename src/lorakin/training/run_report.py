@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE
@@ -19,11 +18,10 @@ from lorakin.storage.summary import by_layer
 from lorakin.terminal import labelled, visible
 from lorakin.training import processes, reading
 from lorakin.training.alarms import repeated, warn
-from lorakin.training.batches import Row
-from lorakin.training.evaluate import Evaluation, described
+from lorakin.training.evaluate import described
 from lorakin.training.reading import DataRows
 from lorakin.training.run import PreparedRun
-from lorakin.training.token_labels import IGNORED
+from lorakin.training.tasks import Evaluation
 
 
 def show_rows(console: Console, rows: DataRows, held_out: DataRows) -> None:
@@ -57,7 +55,7 @@ def show_run(run: PreparedRun) -> None:
         console.print(labelled(f"{run.train.cut:,} rows are cut", why, "yellow"))
     what = " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"
     console.print(labelled("one example", what))
-    console.print(rendered(run.train.examples[0], run.loaded.tokenizer, run.labels))
+    console.print(run.task.rendered(run.train.examples[0], run.loaded.tokenizer))
 
 
 def _model_line(run: PreparedRun) -> str:
@@ -72,24 +70,6 @@ def _model_line(run: PreparedRun) -> str:
         parts.append(f"{len(placement.biases)} biases")
     where = f"in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}"
     return f"{recipe.model} {where}; {', '.join(parts)}; {share(trained, total)} train"
-
-
-def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) -> RichText:
-    """Returns an example as text: tokens with a loss in green and in ⟦ ⟧, the others dim."""
-    text = RichText()
-    if labels is not None:
-        text.append(visible(tokenizer.decode(example["input_ids"])), style="dim")
-        return text.append(f" → ⟦{visible(labels[example['labels']])}⟧", style="green")
-    ids, learned = example["input_ids"], [label != IGNORED for label in example["labels"]]
-    edges = [at for at in range(1, len(ids)) if learned[at] != learned[at - 1]]
-    shown = ""
-    for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
-        before = shown
-        shown = tokenizer.decode(ids[:end])  # decoding a part alone would lose the space before it
-        words = visible(shown[len(before) :])
-        style = "green" if learned[start] else "dim"
-        text.append(f"⟦{words}⟧" if learned[start] else words, style=style)
-    return text
 
 
 def importance_table(method: Method, found: Mapping[str, float]) -> Table:
@@ -131,5 +111,7 @@ def notes(run: PreparedRun, before: Evaluation, after: Evaluation) -> dict[str, 
         "Held out after": described(after),
     }
     return (
-        notes_of_run if run.labels is None else {**notes_of_run, "Classes": ", ".join(run.labels)}
+        notes_of_run
+        if run.task.labels is None
+        else {**notes_of_run, "Classes": ", ".join(run.task.labels)}
     )

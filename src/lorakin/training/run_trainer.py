@@ -12,7 +12,6 @@ import transformers
 from lorakin.adapter import Adapter
 from lorakin.errors import DivergedError
 from lorakin.training import processes, run_directory, schedules
-from lorakin.training.batches import answer_loss
 from lorakin.training.run import PreparedRun
 from lorakin.training.trainers import AdapterTraining
 
@@ -81,7 +80,7 @@ def trainer_of(
         train_dataset=datasets.Dataset.from_list(run.train.examples),
         eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
-        compute_loss_func=None if run.labels is not None else answer_loss,
+        compute_loss_func=run.task.loss,
         callbacks=callbacks,
         processing_class=run.loaded.tokenizer,
     )

@@ -18,12 +18,13 @@ from lorakin.storage import directory
 from lorakin.terminal import command, labelled
 from lorakin.training import checkpoint_manifest, checkpoints, processes, run_directory
 from lorakin.training.alarms import Alarms, warn
-from lorakin.training.evaluate import Evaluation, described
+from lorakin.training.evaluate import described
 from lorakin.training.prepare import prepare
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.run import PreparedRun, Result
 from lorakin.training.run_report import notes
 from lorakin.training.run_trainer import AdapterTrainer, trainer_of
+from lorakin.training.tasks import Evaluation
 
 __all__ = ["PreparedRun", "Result", "prepare", "train"]
 
@@ -76,7 +77,13 @@ def _trained(
     after = _run_trainer(run, trainer)
 
     processes.first_writes(lambda: run.adapter.save(run.out, notes=notes(run, before, after)))
-    if after.loss >= before.loss:
+    if (answer := after.only_answer) is not None:
+        warn(
+            run.console,
+            f"every held-out row is answered {answer!r}, so the figures are those of a constant "
+            "and nothing was learned yet. Try more --steps, another --lr, or more rows",
+        )
+    elif after.loss >= before.loss:
         warn(
             run.console,
             "the adapter learned nothing that helps on the held-out rows: "
@@ -164,7 +171,9 @@ def _first_evaluation(run: PreparedRun, metrics: Metrics) -> Evaluation:
                 f"have changed since {run.out} was begun, so it would train on others; put them "
                 "back, or start over in another --out"
             )
-        return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
+        return Evaluation.of_dict(
+            {name.removeprefix("eval_"): value for name, value in row.items()}
+        )
     with run.adapter.disabled():
         before = run.evaluate()
     if not math.isfinite(before.loss):

@@ -1,0 +1,71 @@
+"""What a model answered to each row, as a file and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from lorakin.errors import SettingError
+from lorakin.storage import atomic
+from lorakin.training.tasks import Evaluation
+
+MOST_CLASSES = 20
+"""The most classes of which a table of confusions is shown."""
+
+
+def check(path: Path, adapters: Sequence[str | None]) -> None:
+    """Checks that one model's answers can be written to a new file.
+
+    Raises:
+        SettingError: there are several models, the file exists, or there is no such directory.
+    """
+    if len(adapters) > 1:
+        raise SettingError(f"--predictions takes one --adapter, not {len(adapters)}")
+    if path.exists():
+        raise SettingError(f"--predictions {path}: there is such a file; name a new one")
+    if not path.parent.is_dir():
+        raise SettingError(f"--predictions {path}: there is no directory {path.parent}")
+
+
+def write(path: Path, evaluation: Evaluation) -> None:
+    """Writes one JSON object for each row: its place, the right and given answers, its mean loss.
+
+    Args:
+        path: a new JSONL file.
+        evaluation: the figures, with the answers that they come from.
+    """
+    answers = evaluation.answers
+    assert answers is not None
+    lines: list[dict[str, Any]] = []
+    for n, place in enumerate(answers.where):
+        line: dict[str, Any] = {"row": place}
+        if answers.given:
+            right, given = answers.right[n], answers.given[n]
+            line |= {"right": right, "given": given}
+        line["loss"] = round(float(answers.losses[n] / max(1, answers.counts[n])), 6)
+        lines.append(line)
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    atomic.write(path.parent, {path.name: content.encode()})
+
+
+def confusions(evaluation: Evaluation) -> Table | None:
+    """Returns how often each class was answered with which; None if that is no table to look at."""
+    answers = evaluation.answers
+    if answers is None or evaluation.accuracy is None:
+        return None
+    classes = sorted({*answers.right, *answers.given})
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        return None
+    counts = Counter(zip(answers.right, answers.given, strict=True))
+    table = Table("right ↓  given →", box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in classes:
+        table.add_column(name, justify="right")
+    for right in classes:
+        table.add_row(right, *(f"{counts[right, given]:,}" for given in classes))
+    return table

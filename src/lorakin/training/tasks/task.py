@@ -1,0 +1,151 @@
+"""What a run learns: how its rows become tokens and batches, and how the answers are judged."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy.typing as npt
+from rich.text import Text as RichText
+from torch import Tensor
+
+from lorakin.training.batches import Row
+from lorakin.training.metrics import METRICS, MetricValue, as_plain
+
+if TYPE_CHECKING:
+    from lorakin.training.encoding import Encoded
+    from lorakin.training.reading import DataRows
+
+Loss = Callable[[Any, Tensor, Any], Tensor]
+"""A function (outputs, labels, number of items in the whole batch) → the loss, as the Trainer's."""
+Collator = Callable[[Sequence[Row]], dict[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowAnswers:
+    """A model's answers to rows, in the rows' order.
+
+    Attributes:
+        losses: each row's loss, summed over its items, (rows,).
+        counts: each row's number of items, such as answer tokens, (rows,).
+        right, given: the right and the given answer of each row, as text; empty for a language
+            model, which is only asked for its loss.
+        where: each row's place in the data, if it is known.
+    """
+
+    losses: npt.NDArray[Any]
+    counts: npt.NDArray[Any]
+    right: list[str] = dataclasses.field(default_factory=list)
+    given: list[str] = dataclasses.field(default_factory=list)
+    where: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out figures.
+
+    Attributes:
+        loss: the mean loss per answer token or, for a classifier, per row.
+        count: over how many.
+        metrics: the task's metrics by name; empty for a language model.
+        perplexity: exp(loss) of a language model, None for other tasks.
+        loss_interval: the loss's 95 % interval over draws of the rows, if it was taken.
+        answers: what the figures come from; None if they were read from a file.
+    """
+
+    loss: float
+    count: int
+    metrics: Mapping[str, MetricValue] = dataclasses.field(default_factory=dict)
+    perplexity: float | None = None
+    loss_interval: tuple[float, float] | None = None
+    answers: RowAnswers | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, float]:
+        """Returns the figures by name, without those that do not apply."""
+        named = {"loss": self.loss, "perplexity": self.perplexity, "count": self.count}
+        if self.loss_interval is not None:
+            named |= dict(zip(("loss_low", "loss_high"), self.loss_interval, strict=True))
+        return {
+            name: value
+            for name, value in (named | as_plain(self.metrics)).items()
+            if value is not None
+        }
+
+    @property
+    def only_answer(self) -> str | None:
+        """The answer that every row was given, where several are right; None if there are more."""
+        answers = self.answers
+        if answers is None or len(set(answers.given)) != 1 or len(set(answers.right)) == 1:
+            return None
+        return answers.given[0]
+
+    @classmethod
+    def of_dict(cls, figures: Mapping[str, float]) -> Evaluation:
+        """Returns the evaluation that `as_dict` gave these figures of, without intervals.
+
+        >>> Evaluation.of_dict({"loss": 0.5, "count": 4, "accuracy": 0.75}).accuracy
+        0.75
+        """
+        others = {name: MetricValue(value) for name, value in figures.items() if name in METRICS}
+        return cls(
+            figures["loss"], int(figures["count"]), others, perplexity=figures.get("perplexity")
+        )
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of right answers, None where a task has none."""
+        return self.metrics["accuracy"].value if "accuracy" in self.metrics else None
+
+
+class Task(abc.ABC):
+    """One kind of learning. `labels` are a classifier's classes; None for a language model."""
+
+    word: ClassVar[str]
+    """What `--task` calls it."""
+    unit: ClassVar[str] = "rows"
+    """Of what the loss is a mean."""
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """The names of its metrics; the first is the one that decides, unless the user says another."""
+    labels: list[str] | None = None
+
+    @abc.abstractmethod
+    def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:
+        """Tokenises rows.
+
+        Raises:
+            DataError: a row that does not fit the task.
+        """
+
+    @abc.abstractmethod
+    def collator(self, model: Any, tokenizer: Any) -> Collator:
+        """Returns the function that makes a batch of tokenised rows."""
+
+    @property
+    @abc.abstractmethod
+    def loss(self) -> Loss | None:
+        """The loss of a batch; None for the one that the model computes."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self,
+        model: Any,
+        collate: Collator,
+        examples: Sequence[Row],
+        batch_size: int,
+        intervals: bool = False,
+    ) -> Evaluation:
+        """Evaluates a model on tokenised rows.
+
+        Args:
+            model: a transformers model, on its device.
+            collate: what `collator` returned.
+            examples: the rows.
+            batch_size: rows at a time.
+            intervals: whether to draw the rows again for 95 % intervals.
+        """
+
+    @abc.abstractmethod
+    def rendered(self, example: Row, tokenizer: Any) -> RichText:
+        """Returns an example as text, with what is learned of it in ⟦ ⟧."""

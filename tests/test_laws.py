@@ -26,6 +26,7 @@ ROOMS = [
     "combined",
     "public",
     "terminal",
+    "waiting",
     "training",
     "plan",
     "serving",

@@ -74,10 +74,16 @@ def command(*words: object) -> str:
 
 
 class Terminal(Console):
-    """A console on which strings are no markup, and control characters are shown."""
+    """A console on which strings are no markup, and control characters are shown.
 
-    def __init__(self, **more: Any) -> None:
+    Args:
+        for_warnings: another console, for warnings, where this one may be quiet.
+        more: as for rich's Console.
+    """
+
+    def __init__(self, *, for_warnings: Console | None = None, **more: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **more)
+        self.for_warnings: Console = for_warnings or self
 
     def render_str(
         self,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -28,14 +28,12 @@ from lorakin.cli import (
     plan,
     train,
 )
+from lorakin.cli.verbosity import Quiet, Verbose, calm_libraries, chosen, with_verbosity
 from lorakin.errors import LorakinError, LorakinWarning
 from lorakin.terminal import Terminal, labelled, shortened
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 CLOSED_PIPE = 141  # the exit code that a shell shows for SIGPIPE
-
-CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "DeepSpeed")
-"""Libraries that warn of every cast of every layer, or of what they cannot load on import."""
 
 
 def flowing(text: str | None) -> str:
@@ -50,7 +48,6 @@ def flowing(text: str | None) -> str:
 app = typer.Typer(
     help="Fine-tune a language model or classifier with the LoRA family, and use the result.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -72,11 +69,15 @@ for module in (
     demo,
 ):
     name = module.__name__.rpartition(".")[2]
-    app.command(name, help=flowing(module.command.__doc__), epilog=module.EXAMPLES)(module.command)
+    app.command(name, help=flowing(module.command.__doc__), epilog=module.EXAMPLES)(
+        with_verbosity(module.command)
+    )
 
 
-def _is_serious(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+@app.callback()
+def everywhere(quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Takes what is said before the command's name."""
+    chosen.ask(quiet, verbose)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -92,13 +93,13 @@ def run(arguments: Sequence[str]) -> int:
         return None
 
     warnings.showwarning = show_ours
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-        # One of them sets its level again, and writes to stdout, where results go.
-        logging.getLogger(chatty).addFilter(_is_serious)
+    chosen.quiet = chosen.verbose = False
+    calm_libraries()
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:
+        if chosen.verbose:
+            errors.print("".join(traceback.format_exception(error)))
         errors.print(labelled("error: ", shortened(str(error)), "bold red"))
         return error.exit_code
     except BrokenPipeError:

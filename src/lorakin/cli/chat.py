@@ -18,8 +18,9 @@ from lorakin.cli.answering import (
     Temperature,
     TopP,
 )
-from lorakin.cli.options import Dtype, Model, OtherBase, console_for, examples
+from lorakin.cli.options import Dtype, Model, OtherBase, examples
 from lorakin.cli.recipe_options import recipe_options
+from lorakin.cli.verbosity import messages_on
 from lorakin.errors import DataError, LorakinError
 from lorakin.terminal import labelled
 
@@ -66,7 +67,7 @@ def command(
         model, adapter or [], base=True, chat_template=not no_chat_template, dtype=dtype,
         other_base=other_base, quantize=flags.get("quantize"),
     )  # fmt: skip
-    notes = console_for(True)
+    notes = messages_on(True)
     chat = Chat(
         speakers, sampling, system, show_on_stdout, lambda text: notes.print(text, style="dim")
     )
@@ -81,7 +82,7 @@ def command(
         except LorakinError as error:
             if not sys.stdin.isatty():
                 raise
-            notes.print(labelled("error: ", error, "bold red"))
+            notes.for_warnings.print(labelled("error: ", error, "bold red"))
         if chat.has_ended:
             return
 

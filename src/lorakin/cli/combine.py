@@ -16,6 +16,7 @@ from lorakin.cli.options import (
     examples,
     print_json,
 )
+from lorakin.waiting import waiting
 
 EXAMPLES = examples(
     "lorakin combine french=0.7 legal=0.5 --model smollm2 --out both",
@@ -67,10 +68,11 @@ def command(
     weights: dict[str, float] = {}
     for directory, weight in map(_weight, parts):
         weights[directory] = weights.get(directory, 0.0) + weight
-    report = combine_directories(
-        weights, model, out, how=how, on=on, density=density, elect=elect, seed=seed, rank=rank,
-        error=error, max_kl=max_kl, verify=verify, other_base=other_base,
-    )  # fmt: skip
+    with waiting("combining"):
+        report = combine_directories(
+            weights, model, out, how=how, on=on, density=density, elect=elect, seed=seed, rank=rank,
+            error=error, max_kl=max_kl, verify=verify, other_base=other_base,
+        )  # fmt: skip
     if as_json:
         print_json(report)
         return

@@ -8,6 +8,7 @@ import typer
 
 from lorakin.cli.options import Json, console_for, examples, print_json
 from lorakin.cli.recipe_options import recipe_options
+from lorakin.cli.verbosity import messages_on
 from lorakin.training.recipe import DATA_HELP, MODEL_HELP
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _run(comparison: Comparison, devices: str, as_json: bool) -> None:
     from lorakin.compare.progress import Board
     from lorakin.report import comparison_page
 
-    console = console_for(as_json)
+    console = messages_on(as_json)
     chosen_devices = workers.devices_of(devices)
     with locked(comparison):
         comparison_run = prepare(comparison, console)
@@ -115,6 +116,7 @@ def _run(comparison: Comparison, devices: str, as_json: bool) -> None:
     if as_json:
         print_json(findings.as_dict())
         return
+    console = console_for(False)
     for sentence in findings.verdict:
         console.print(sentence.replace("**", ""))
     console.print(f"the report: {comparison_run.out / REPORT}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorakin.cli.options import Json, Model, console_for, examples, print_json
+from lorakin.waiting import waiting
 
 EXAMPLES = examples("lorakin convert adapters.safetensors --model smollm2 --out adapter")
 
@@ -32,7 +33,7 @@ def command(
     from lorakin.serving.output import new_directory
     from lorakin.training.models import load_model
 
-    with new_directory(out) as partial:
+    with waiting("converting"), new_directory(out) as partial:
         converted = lk.convert(load_model(model, "base").model, source, alpha=alpha)
         converted.adapter.save(partial)
     if as_json:

@@ -15,6 +15,7 @@ import typer
 from rich.text import Text
 
 from lorakin.cli.options import console_for, examples
+from lorakin.cli.verbosity import messages_on
 from lorakin.terminal import Terminal, labelled, quoted
 from lorakin.terminal import command as shell_command
 
@@ -48,7 +49,7 @@ def command(
     from lorakin.training.recipe import Recipe
 
     out = paths.user_path(out, "--out")
-    console = console_for(False)
+    console = messages_on(False)
     console.print(
         labelled(
             "demo   ", "one-line docstrings for Python functions, learned from the standard library"
@@ -70,8 +71,8 @@ def command(
         before = _answers(run, shown)
         result = training.train(run)
     after = _answers(run, shown)
-    _show_answers(console, shown, before, after)
-    _show_result(console, out, result)
+    _show_answers(console_for(False), shown, before, after)
+    _show_result(console_for(False), out, result)
 
 
 def _write_data(out: Path) -> Rows:

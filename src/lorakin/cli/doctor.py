@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorakin.cli.options import Json, console_for, examples, print_json
 from lorakin.terminal import labelled
+from lorakin.waiting import waiting
 
 EXAMPLES = examples("lorakin doctor", "lorakin doctor --json > doctor.json")
 
@@ -15,7 +16,8 @@ def command(as_json: Json = False) -> None:
     """
     from lorakin.training.doctor import diagnose
 
-    found = diagnose()
+    with waiting("looking"):
+        found = diagnose()
     if as_json:
         print_json(found.as_dict())
         return

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lorakin.cli.options import ADAPTER_HELP, Json, console_for, examples, print_json
 from lorakin.terminal import labelled
+from lorakin.waiting import waiting
 
 EXAMPLES = examples(
     "lorakin inspect adapter",
@@ -40,11 +41,13 @@ def command(
     from lorakin.storage.hub import adapter_directory
     from lorakin.storage.summary import by_layer, summarise
 
-    summary = summarise(adapter_directory(adapter))
+    with waiting("measuring the change"):
+        summary = summarise(adapter_directory(adapter))
     if html is not None:
         from lorakin.report import adapter_page, page
 
-        page.write(html, adapter_page.render(summary))
+        with waiting("drawing the page"):
+            page.write(html, adapter_page.render(summary))
         console_for(as_json).print(f"the page: {html}")
     if as_json:
         print_json(summary.as_dict())

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from lorakin.cli.options import Json, Model, console_for, examples, print_json
 from lorakin.cli.recipe_options import defaults, recipe_options
 from lorakin.terminal import Terminal, labelled
+from lorakin.waiting import waiting
 
 if TYPE_CHECKING:
     from lorakin.plan.advice import Advice
@@ -71,10 +72,11 @@ def command(
     """
     from lorakin.plan.advice import advise
 
-    advice = advise(
-        model, methods, rank, settings, labels=labels, max_length=max_length, steps=steps,
-        device=device, memory=memory, **(defaults(*OF_A_RECIPE) | flags),
-    )  # fmt: skip
+    with waiting("rehearsing a step of each method"):
+        advice = advise(
+            model, methods, rank, settings, labels=labels, max_length=max_length, steps=steps,
+            device=device, memory=memory, **(defaults(*OF_A_RECIPE) | flags),
+        )  # fmt: skip
     if as_json:
         print_json(advice.as_dict())
         return

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakin.errors import SettingError
+from lorakin.training.formats import NAMES
 from lorakin.training.recipe import Recipe, kinds, option_of
 from lorakin.training.recipe_option import PANELS, Option
 from lorakin.training.recipe_values import plain
@@ -125,9 +126,23 @@ def _parameters(name: str, grouped: bool) -> Iterator[inspect.Parameter]:
         flags = [f"{flag}/--no-{flag[2:]}"]
     elif typing.get_origin(kind) is typing.Literal:
         kind = str  # `Recipe` refuses other words
-    help_text = _help(name, option)
-    typer_option = typer.Option(*flags, help=help_text, show_default=False, rich_help_panel=panel)
+    words = _words(name)
+    typer_option = typer.Option(
+        *flags,
+        help=_help(name, option),
+        show_default=False,
+        rich_help_panel=panel,
+        autocompletion=(lambda: words) if words else None,
+    )
     yield _parameter(name, kind | None, typer_option, None)
+
+
+def _words(name: str) -> list[str]:
+    """Returns the words that a field may be, for the shell to complete; none if there are many."""
+    kind = plain(kinds()[name])
+    if typing.get_origin(kind) is typing.Literal:
+        return list(typing.get_args(kind))
+    return list(NAMES) if name == "format" else []
 
 
 def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:

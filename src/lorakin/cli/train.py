@@ -9,6 +9,7 @@ import typer
 
 from lorakin.cli.options import Json, console_for, examples, print_json
 from lorakin.cli.recipe_options import ALL_FIELDS, recipe_options
+from lorakin.cli.verbosity import messages_on
 from lorakin.terminal import Terminal, labelled
 from lorakin.terminal import command as shell_command
 from lorakin.training.recipe_option import OUTPUT
@@ -53,19 +54,21 @@ def command(
     from lorakin.training.recipe_file import read_recipe
     from lorakin.training.run_directory import RECIPE, resumed_recipe
 
-    console = console_for(as_json) if processes.is_first() else Terminal(quiet=True)
+    console = messages_on(as_json) if processes.is_first() else Terminal(quiet=True)
     effective = resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)
     try:
         result = training.train(training.prepare(effective, console, resume))
     except KeyboardInterrupt:
         if (Path(effective.out) / RECIPE).is_file():
             resuming = shell_command("lorakin", "train", "--resume", "--out", effective.out)
-            console.print(f"stopped; resume with: {resuming}")
+            console.for_warnings.print(f"stopped; resume with: {resuming}")
         raise
-    if not as_json:
-        _show(console, result)
-    elif processes.is_first():
+    if not processes.is_first():
+        return
+    if as_json:
         print_json(result.as_dict())
+    else:
+        _show(console_for(False), result)
 
 
 def _show(console: Terminal, result: Result) -> None:

@@ -20,6 +20,7 @@ from lorakin.serving.verify import (
     tolerance_for,
 )
 from lorakin.storage import directory, hub
+from lorakin.waiting import waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +90,17 @@ def export(request: ExportRequest) -> Exported:
         )
     job = ExportJob(request, files, name)
     with new_directory(request.out) as partial:
-        transcript = record_logits(job.loaded(), job.compared_ids()) if request.verify else None
-        target.write(job, partial)
+        transcript = None
+        if request.verify:
+            with waiting("computing what the trained model says"):
+                transcript = record_logits(job.loaded(), job.compared_ids())
+        with waiting(f"writing {request.to}"):
+            target.write(job, partial)
         agreement = None
         if transcript is not None:
-            written = target.read(job, partial)
-            agreement = compare_logits(transcript, written)
+            with waiting("comparing what was written"):
+                written = target.read(job, partial)
+                agreement = compare_logits(transcript, written)
             read_as = str(written.dtype).removeprefix("torch.")
             precisions = (transcript.dtype, read_as, request.dtype or target.dtypes[0])
             is_nearest = any(fit.error > 0 for fit in job.fits.values())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import ModelError
+from lorakin.waiting import tracked
 
 DTYPES = {
     torch.float64: "F64",
@@ -70,7 +71,7 @@ def write_shard(path: Path, kinds: Mapping[str, TensorKind], read: Callable[[str
 
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, kind in kinds.items():
+        for name, kind in tracked(kinds.items(), f"writing {path.name}", len(kinds)):
             tensor = read(name)
             if (tensor.dtype, tuple(tensor.shape)) != kind:
                 raise ModelError(

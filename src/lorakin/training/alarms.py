@@ -25,6 +25,7 @@ LEAST = 20
 
 def warn(console: Console, text: str) -> None:
     """Tells the user, in the form of all of lorakin's warnings."""
+    console = getattr(console, "for_warnings", console)
     console.print(labelled("warning: ", text, "bold yellow"), soft_wrap=True)
 
 

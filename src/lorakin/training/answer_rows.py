@@ -16,6 +16,7 @@ from lorakin.training.generate import answers
 from lorakin.training.prompts import Prompt, digest, read_prompts
 from lorakin.training.sampling import Sampling
 from lorakin.training.speakers import Speaker, load_speakers, names_of, with_system
+from lorakin.waiting import waiting
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -91,8 +92,10 @@ def answer_file(
             for speaker in speakers
             if (row.number, speaker.name) not in file.done
         ]
-        for batch in answers(asked, sampling, batch_size):
-            file.add({(request.number, request.speaker.name): text for request, text in batch})
+        with waiting("answering", total=len(asked)) as advance:
+            for batch in answers(asked, sampling, batch_size):
+                file.add({(request.number, request.speaker.name): text for request, text in batch})
+                advance(len(batch))
         file.finish([row.values for row in rows], [speaker.name for speaker in speakers])
     finally:
         file.close()

@@ -15,6 +15,7 @@ from lorakin.training.endings import stop_ids
 from lorakin.training.reading import DataRows, Record, row_in_message
 from lorakin.training.templates import Template
 from lorakin.training.token_labels import IGNORED, continued
+from lorakin.waiting import tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _encode_rows(
     rows: DataRows, tokenizer: Any, loss_on: str, day: datetime.date | None
 ) -> Iterator[dict[str, Any]]:
     encoder = Encoder(tokenizer, loss_on, day)
-    for record in rows.records:
+    for record in tracked(rows.records, "tokenising"):
         try:
             ids, labels = encoder.encode(record.content)
         except DataError as error:

@@ -32,6 +32,7 @@ from lorakin.errors import LorakinWarning, ModelError
 from lorakin.storage import locks
 from lorakin.training import gguf_header, loading
 from lorakin.training.model_files import first_line
+from lorakin.waiting import waiting
 
 DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 """llama.cpp's names of tokenizers that take a number digit by digit."""
@@ -232,6 +233,11 @@ def _read(path: Path) -> tuple[Any, Any]:
     Raises:
         ModelError: it cannot be read, or lacks weights, which would be random.
     """
+    with waiting(f"dequantising {path.name}"):
+        return _dequantised(path)
+
+
+def _dequantised(path: Path) -> tuple[Any, Any]:
     _remove_abandoned()
     header = gguf_header.check_model(path)
     numbers = 2 * sum(header.count(name) for name in header.tensors) + 10**7  # twice: a tied head

@@ -157,6 +157,9 @@ def quiet_loading() -> Iterator[None]:
     """Turns off transformers' progress bars and its note that a new head is new."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
+    if level <= logging.INFO:  # the user wants to see it (--verbose)
+        yield
+        return
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

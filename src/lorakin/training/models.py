@@ -17,6 +17,7 @@ from lorakin.storage import paths, tokenizer_fingerprint
 from lorakin.training import gguf_cache, heads, loading, model_files
 from lorakin.training.model_sources import PACKAGED, located, source_of
 from lorakin.training.precision import DTYPES, best_device, quantisation, resolve_dtype
+from lorakin.waiting import waiting
 
 REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Lets transformers tell what is wrong with a model's weights, instead of stopping there."""
@@ -76,6 +77,13 @@ def load(
     name: str, dtype: str, labels: Sequence[str] | None, quantize: str | None, cls: Any
 ) -> Loaded:
     """Loads a model as `load_model` does, without the warning that says what is in `note`."""
+    with waiting(f"loading {name}"):
+        return _load(name, dtype, labels, quantize, cls)
+
+
+def _load(
+    name: str, dtype: str, labels: Sequence[str] | None, quantize: str | None, cls: Any
+) -> Loaded:
     auto = cls or _auto_class(labels)
     chosen = resolve_dtype(dtype, classification=labels is not None)
     source, task = source_of(name), task_settings(labels)

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from lorakin.errors import DataError
 from lorakin.storage import atomic, files
 from lorakin.storage.schema import Check, Count, SchemaError, checked
+from lorakin.waiting import show_on
 
 MOST_BYTES = 1 << 28
 """The longest file that is read; a million steps take some hundred million bytes."""
@@ -188,6 +189,8 @@ class Watch(transformers.TrainerCallback):
         )
         if self.console.is_terminal:
             self.progress.start()
+            self.others = show_on(None)  # one bar at a time
+            self.others.__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -221,4 +224,6 @@ class Watch(transformers.TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.console.is_terminal:
+            self.others.__exit__(None, None, None)
         self.progress.stop()

@@ -22,6 +22,7 @@ from lorakin.training.metrics import mean_interval
 from lorakin.training.reading import DataRows
 from lorakin.training.tasks.task import Collator, Evaluation, Loss, RowAnswers, Task
 from lorakin.training.token_labels import IGNORED
+from lorakin.waiting import tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Language(Task):
         totals: list[Tensor] = []
         counts: list[Tensor] = []
         with in_mode(model, training=False):
-            for batch in DataLoader(ordered, batch_size=batch_size, collate_fn=collate):
+            batches: Any = DataLoader(ordered, batch_size=batch_size, collate_fn=collate)
+            for batch in tracked(batches, "evaluating", len(batches)):
                 batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
                 labels = batch.pop("labels")
                 totals.append(row_losses(model(**batch), labels))

@@ -25,6 +25,7 @@ from lorakin.training.encoding import Encoded
 from lorakin.training.metrics import figures, mean_interval
 from lorakin.training.reading import DataRows, Record
 from lorakin.training.tasks.task import Collator, Evaluation, Loss, RowAnswers, Task
+from lorakin.waiting import tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SequenceTask(Task):
 
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:
         examples = []
-        for record in rows.records:
+        for record in tracked(rows.records, "tokenising"):
             content = record.content
             if not isinstance(content, Labelled):
                 raise DataError(f"{record.where}: format {record.source.format.name} has no class")
@@ -95,7 +96,8 @@ class SequenceTask(Task):
         logits, losses = [], []
         with in_mode(model, training=False):
             ordered: Any = [examples[n] for n in order]
-            for batch in DataLoader(ordered, batch_size=batch_size, collate_fn=collate):
+            batches: Any = DataLoader(ordered, batch_size=batch_size, collate_fn=collate)
+            for batch in tracked(batches, "evaluating", len(batches)):
                 batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
                 labels = batch.pop("labels")
                 logits.append(model(**batch).logits.float())

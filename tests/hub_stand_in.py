@@ -133,6 +133,10 @@ class Handler(BaseHTTPRequestHandler):
                 ETag=f'"{etag}"',
                 **{"X-Repo-Commit": self.hub.commit(found[1], branch)},
             )
+        if path == "api/whoami-v2" and self.is_known:
+            raise Answer(200, {"name": "me", "type": "user"})
+        if path == "api/whoami-v2":
+            raise Answer(401, {"error": "Invalid user token."})
         raise missing("NotFound")
 
     def post(self, path: str, sent: bytes) -> None:

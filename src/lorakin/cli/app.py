@@ -26,6 +26,7 @@ from lorakin.cli import (
     merge,
     methods,
     plan,
+    push,
     train,
 )
 from lorakin.cli.verbosity import Quiet, Verbose, calm_libraries, chosen, with_verbosity
@@ -64,6 +65,7 @@ for module in (
     combine,
     convert,
     inspect,
+    push,
     methods,
     doctor,
     demo,

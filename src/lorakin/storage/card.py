@@ -45,6 +45,8 @@ PIPELINES = {
 TAGS = "lora lorakin".split()
 """Tags on the hub by which people look for adapters of any LoRA method."""
 LONGEST_CARD = 1 << 20
+ANYWHERE = "path/to/this/directory"
+"""What examples load, if it is not known where the adapter will be."""
 LONGEST = 300
 """Characters of a name or a note; what is longer is cut."""
 
@@ -85,6 +87,18 @@ def is_generated(text: str) -> bool:
     """Returns whether lorakin wrote a README.md and nobody changed it since; ends of lines may."""
     body, _, last = text.replace("\r\n", "\n").removesuffix("\n").rpartition("\n")
     return last + "\n" == _mark(body)
+
+
+def at_home(text: str, home: str) -> str | None:
+    """Returns a card that lorakin wrote with the hub id `home` in its examples.
+
+    None if a person wrote or edited the card, or `home` is no hub id.
+    """
+    if not is_generated(text) or not HUB_ID.fullmatch(home):
+        return None
+    body = text.replace("\r\n", "\n").removesuffix("\n").rpartition("\n")[0]
+    body = body.replace(f'"{ANYWHERE}"', f'"{home}"')
+    return f"{body}\n{_mark(body)}"
 
 
 def _mark(body: str) -> str:
@@ -184,7 +198,7 @@ def _is_transformers(kind: type) -> bool:
 def _loading(
     adapter: InsertedAdapter, config: Mapping[str, Any], home: str | None, converted: bool
 ) -> list[str]:
-    source = home if home and HUB_ID.fullmatch(home) else "path/to/this/directory"
+    source = home if home and HUB_ID.fullmatch(home) else ANYWHERE
     base = _base_in_code(adapter, config)
     return [
         "## Load it",

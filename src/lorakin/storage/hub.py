@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,7 +24,8 @@ from lorakin.storage.lorakin_part import CONFIG, LORAKIN_JSON, LORAKIN_TENSORS, 
 FILES = (CONFIG, TENSORS, LORAKIN_JSON, LORAKIN_TENSORS, "recipe.yaml", "chat_template.jinja", CARD)
 """What is fetched, if it is there; `adapter_model.bin` only if there are no other tensors."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-LOG_IN = "log in with `hf auth login`, or give token="
+ADAPTER_TENSORS = (TENSORS, OLD_TENSORS, LORAKIN_TENSORS)
+LOG_IN = "log in with `hf auth login`, or give token= (HF_TOKEN on the command line)"
 Token = str | bool | None
 
 
@@ -153,10 +154,12 @@ def upload(
     token: Token = None,
     commit_message: str | None = None,
     revision: str | None = None,
+    stale: Sequence[str] = ADAPTER_TENSORS,
 ) -> Any:
     """Uploads what `save` writes into the hub's repository `name`, made if need be.
 
-    The files replace those of an adapter that was there. A README.md that a person wrote stays.
+    The files replace those of an adapter that was there: of the files that the patterns `stale`
+    name, those that `save` does not write are deleted. A README.md that a person wrote stays.
 
     Returns:
         The hub client's CommitInfo, text that is the commit's address.
@@ -182,13 +185,27 @@ def upload(
                 folder_path=folder,
                 commit_message=commit_message or "Upload adapter with lorakin",
                 revision=revision,
-                # Of these, the ones that are not uploaded now are an earlier adapter's.
-                delete_patterns=[TENSORS, OLD_TENSORS, LORAKIN_TENSORS],
+                delete_patterns=list(stale),
             )
         except Exception as error:  # the hub's client has many, as above
             raise OutputError(
                 f"cannot upload to {name!r}: {_reason(library, error, name, revision)}"
             ) from error
+
+
+def check_login(name: str) -> None:
+    """Asks the hub whether it knows the token, so that nothing is read or written in vain.
+
+    Raises:
+        OutputError: there is no token, the hub refuses it, or the hub cannot be reached.
+    """
+    library = _library(f"to upload to {name!r}, install", OutputError)
+    try:
+        library.HfApi(library_name="lorakin").whoami()
+    except Exception as error:  # the hub's client has many, as above
+        raise OutputError(
+            f"cannot upload to {name!r}: {_reason(library, error, name, None)}"
+        ) from error
 
 
 def _library(purpose: str, error: type[LorakinError] = AdapterError) -> Any:

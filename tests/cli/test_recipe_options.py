@@ -84,7 +84,8 @@ def test_help_of_train_lists_options_in_groups(capsys: pytest.CaptureFixture[str
     places = [shown.index(f"─ {panel} ─") for panel in PANELS]
     assert places == sorted(places)
     assert places[0] < shown.index("--data") < places[1] < shown.index("--rank") < places[2]
-    assert places[3] < shown.index("--save-every") < places[4] < shown.index("--quantize")
+    assert places[3] < shown.index("--eval-every") < places[4]
+    assert places[4] < shown.index("--save-every") < places[5] < shown.index("--quantize")
 
 
 def test_other_commands_have_one_list(capsys: pytest.CaptureFixture[str]) -> None:

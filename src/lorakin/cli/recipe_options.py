@@ -97,6 +97,7 @@ READERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "exclude": split_names,
     "modules_to_save": split_names,
     "trainable_tokens": split_names,
+    "report_to": split_names,
 }
 """Fields whose options may be given several times → the function from the texts to the value."""
 

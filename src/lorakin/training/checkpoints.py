@@ -8,6 +8,7 @@ Nothing is written into it, and it stays.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -84,12 +85,24 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def best_of(checkpoint: Path) -> Path | None:
+    """Returns the checkpoint that was the best one when `checkpoint` was saved.
+
+    None if the run does not look for one, or has not evaluated yet.
+    """
+    try:
+        recorded = json.loads((checkpoint / STATE).read_text())["best_model_checkpoint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return checkpoint.parent / Path(recorded).name if isinstance(recorded, str) else None
+
+
 def rotate(folder: Path, step: int, limit: int | None, best: str | None) -> None:
     """Deletes old checkpoints, so that `limit` of those up to `step` are left.
 
     Those that were cut off go first, then those of the lowest steps; a clock may go back, so the
-    files' times do not count. The one of this step and the best stay, and so does what has no
-    manifest.
+    files' times do not count. The one of this step and the best stay, and so do those that were the
+    best when one that stays was saved, and what has no manifest.
 
     Args:
         folder: the directory of checkpoints.
@@ -102,16 +115,19 @@ def rotate(folder: Path, step: int, limit: int | None, best: str | None) -> None
     ours = [
         (number, path) for number, path in numbered(folder) if number <= step and _is_ours(path)
     ]
-    best_path = Path(best) if best is not None else None
-    spare = [path for number, path in ours if number != step and path != best_path]
+    best_name = Path(best).name if best is not None else None
+    spare = [path for number, path in ours if number != step and path.name != best_name]
     spare.sort(key=lambda path: (is_whole(path), number_of(path)))
-    for path in spare[: max(0, len(ours) - limit)]:
+    go = spare[: max(0, len(ours) - limit)]
+    needed = {best_of(path) for _, path in ours if path not in go}
+    for path in go:
         # The run can continue if this fails.
         with contextlib.suppress(OSError):
-            # Otherwise what a kill leaves would look damaged.
-            unseal(path)
-            _empty(path)
-            shutil.rmtree(path)
+            if path not in needed:
+                # Otherwise what a kill leaves would look damaged.
+                unseal(path)
+                _empty(path)
+                shutil.rmtree(path)
 
 
 def step_of(checkpoint: str | Path | None) -> int:

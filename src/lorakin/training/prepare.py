@@ -22,7 +22,7 @@ from lorakin.inject.measuring import check_called
 from lorakin.inject.whole_modules import find_whole_modules
 from lorakin.loop import float16_base
 from lorakin.storage import atomic, paths, tokenizer_fingerprint
-from lorakin.training import limits, processes, reading, run_directory, schedules
+from lorakin.training import limits, processes, reading, run_directory, schedules, watching
 from lorakin.training.chat_templates import TEMPLATE, template_named, use_template
 from lorakin.training.encoding import Encoded
 from lorakin.training.models import Loaded, config_of, load_model
@@ -94,9 +94,7 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     run = PreparedRun(recipe, out, loaded, train, held_out, task, directory_lock, console)
     method.resolved(run.total_steps)
     _check_schedule(recipe, run.total_steps)
-    schedules.check_evaluations(
-        recipe.schedule, recipe.schedule_args, run.total_steps // run.checkpoint_interval
-    )
+    watching.check(run)
     _place_adapter(run, method, template)
     show_run(run)
     return run

@@ -32,6 +32,12 @@ KINDS: dict[str, Any] = {
 """Names in a row whose values are not plain numbers."""
 
 
+NOT_DRAWN = ("eval_loss", "eval_count", "eval_perplexity")
+"""Held-out figures that have no curve of their own."""
+NOT_SHOWN = ("eval_count", "eval_perplexity")
+"""Held-out figures that are not in the line while a run lasts."""
+
+
 def memory_bytes() -> int:
     """Returns what the process holds now: allocated memory on a GPU, else resident memory."""
     if torch.cuda.is_available():
@@ -112,11 +118,14 @@ class Metrics:
         return row
 
     def plot(self, path: Path) -> None:
-        """Draws the loss over the steps, and the held-out loss where it was taken."""
+        """Draws the training and the held-out loss over the steps, and other held-out figures."""
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        others = {name: points for name in self._others() if (points := self._points(name))[1:]}
+        size = (7, 6.5 if others else 4)
+        figure = plt.figure(figsize=size, layout="constrained")
+        axes, *below = figure.subplots(1 + bool(others), sharex=True, squeeze=False)[:, 0]
         training, held_out = self._points("loss"), self._points("eval_loss")
         if training:
             axes.plot(
@@ -135,14 +144,24 @@ class Metrics:
                 label="training, running mean",
             )
         if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o", color="tab:orange", label="held out")
-        axes.set(xlabel="step", ylabel="loss")
-        axes.grid(alpha=0.3)
-        axes.legend()
+            axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+        for name, points in others.items():
+            label = name.removeprefix("eval_").replace("_", " ")
+            below[0].plot(*zip(*points, strict=True), "o-", label=label)
+        axes.set(ylabel="loss")
+        for part in (axes, *below):
+            part.set(xlabel="step")
+            part.grid(alpha=0.3)
+            part.legend()
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=120)
         plt.close(figure)
         atomic.write(path.parent, {path.name: drawn.getvalue()})
+
+    def _others(self) -> list[str]:
+        """Returns the names of held-out figures besides the loss."""
+        names = dict.fromkeys(name for row in self.rows() for name in row)
+        return [n for n in names if n.startswith("eval_") and n not in NOT_DRAWN]
 
     def _points(self, name: str) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for row in self.rows() if name in row]
@@ -171,6 +190,7 @@ class Watch(transformers.TrainerCallback):
     def __init__(self, console: Console, metrics: Metrics) -> None:
         self.console = console
         self.metrics = metrics
+        self.held_out = ""
         self.progress = Progress(
             TextColumn("[bold]step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -205,11 +225,14 @@ class Watch(transformers.TrainerCallback):
         self.metrics.add(
             state.global_step, **values, tokens_per_second=round(speed, 1), memory_bytes=memory
         )
+        norm = f"  grad {values['grad_norm']:.2g}" if "grad_norm" in values else ""
         figures = (
-            f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  "
+            f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}{norm}  "
             f"{speed:,.0f} tok/s  {memory / 2**30:.1f} GiB"
         )
-        self.progress.update(self.task, completed=state.global_step, figures=figures)
+        self.progress.update(
+            self.task, completed=state.global_step, figures=figures + self.held_out
+        )
         now = time.perf_counter()
         if not self.console.is_terminal and (
             now - self.last_line > 15 or state.global_step == state.max_steps
@@ -217,11 +240,22 @@ class Watch(transformers.TrainerCallback):
             self.last_line = now
             done = self.progress.tasks[0]
             left = "" if done.time_remaining is None else f"  left {done.time_remaining:.0f} s"
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  {figures}{left}",
-                markup=False,
-                highlight=False,
-            )
+            self._print(f"step {state.global_step}/{state.max_steps}  {figures}{left}")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        figures = [
+            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.3f}"
+            for name, value in (metrics or {}).items()
+            if name not in NOT_SHOWN and not name.endswith(("_low", "_high"))
+        ]
+        self.held_out = f"  held out {', '.join(figures)}"
+        if not self.console.is_terminal:
+            self._print(f"step {state.global_step}/{state.max_steps}{self.held_out}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.console.is_terminal:

@@ -17,6 +17,7 @@ from lorakin.errors import SettingError
 from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
 from lorakin.training.formats import NAMES, TASKS
 from lorakin.training.recipe_option import DATA, DEVICES, METHOD, OPTIMISATION, OUTPUT, Option
+from lorakin.training.recipe_run import RunSettings
 from lorakin.training.recipe_values import as_kind
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ Sources = Annotated[list[str], Check("at least one file or hub data set", bool)]
 
 
 @dataclasses.dataclass
-class Recipe:
+class Recipe(RunSettings):
     """The settings of one run of `lorakin train`.
 
         >>> recipe = Recipe(model="smollm2", data="rows.jsonl", out="adapter", rank=8, lr="2e-4")
@@ -286,7 +287,10 @@ class Recipe:
 @functools.cache
 def kinds() -> dict[str, Any]:
     """Returns the type of each field of `Recipe`, by name, with its checks and its `Option`."""
-    return typing.get_type_hints(Recipe, include_extras=True)
+    hints = typing.get_type_hints(Recipe, include_extras=True)
+    # Those of `RunSettings` last.
+    fields = sorted(dataclasses.fields(Recipe), key=lambda field: bool(field.kw_only))
+    return {field.name: hints[field.name] for field in fields}
 
 
 def option_of(name: str) -> Option | None:

@@ -11,7 +11,7 @@ import yaml
 
 from lorakin.errors import SettingError
 from lorakin.storage import atomic
-from lorakin.training.recipe import Recipe
+from lorakin.training.recipe import Recipe, kinds
 from lorakin.training.yaml_values import read_yaml
 
 FIELDS = {field.name for field in dataclasses.fields(Recipe)}
@@ -83,6 +83,6 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
         OutputError: the file cannot be written.
     """
     header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
-    settings = without_empty(dataclasses.asdict(recipe))
+    settings = without_empty({name: getattr(recipe, name) for name in kinds()})
     text = header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     atomic.write(path.parent, {path.name: text.encode()})

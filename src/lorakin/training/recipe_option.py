@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 DATA, METHOD, OPTIMISATION = "Model and data", "Method", "Optimisation"
-OUTPUT, DEVICES = "Output", "Memory and devices"
-PANELS = (DATA, METHOD, OPTIMISATION, OUTPUT, DEVICES)
+WATCHING, OUTPUT, DEVICES = "Watch and stop", "Output", "Memory and devices"
+PANELS = (DATA, METHOD, OPTIMISATION, WATCHING, OUTPUT, DEVICES)
 """Groups of options, in the order of `lorakin train --help`."""
 
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lorakin.adapter import Adapter
@@ -18,6 +19,9 @@ from lorakin.training.models import Loaded
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import RunDirectoryLock
 from lorakin.training.tasks import Evaluation, Task
+
+LOSS = "loss"
+"""The figure that every run has."""
 
 
 @dataclasses.dataclass
@@ -69,7 +73,12 @@ class PreparedRun:
 
     @property
     def checkpoint_interval(self) -> int:
-        """The number of steps between two checkpoints: `save_every`, or a fifth of the run."""
+        """The number of steps between two checkpoints: `save_every`, or a fifth of the run.
+
+        A run that keeps the best step has one at each evaluation.
+        """
+        if self.recipe.keep == "best" and self.recipe.eval_every is not None:
+            return self.recipe.eval_every
         return self.recipe.save_every or max(1, self.total_steps // 5)
 
     def collator(self) -> Any:
@@ -77,14 +86,50 @@ class PreparedRun:
         return self.task.collator(self.loaded.model, self.loaded.tokenizer)
 
     def evaluate(self, intervals: bool = False) -> Evaluation:
-        """Evaluates the model as it is now on the held-out rows."""
-        return self.task.evaluate(
-            self.loaded.model,
-            self.collator(),
-            self.held_out.examples,
-            self.recipe.batch_size,
-            intervals,
-        )
+        """Evaluates the model as it is now on the held-out rows.
+
+        What training draws at random next is as if it had not been asked.
+        """
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for its workers
+            return self.task.evaluate(
+                self.loaded.model,
+                self.collator(),
+                self.held_out.examples,
+                self.recipe.batch_size,
+                intervals,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a run's training ended.
+
+    Attributes:
+        steps: the optimizer steps that were taken.
+        total_steps: those that were planned.
+        best_step: the step whose adapter was kept; None for the last one.
+        metric: the figure that decided.
+    """
+
+    steps: int
+    total_steps: int
+    best_step: int | None = None
+    metric: str = LOSS
+
+    @property
+    def words(self) -> str:
+        """The ending in words, empty for a run that took all steps and kept the last.
+
+        >>> Ending(30, 60, best_step=20, metric="accuracy").words
+        'stopped after step 30 of 60; kept step 20, the best by accuracy'
+        """
+        early = self.steps < self.total_steps
+        best = self.best_step is not None
+        parts = [
+            f"stopped after step {self.steps} of {self.total_steps}" if early else "",
+            f"kept step {self.best_step}, the best by {self.metric}" if best else "",
+        ]
+        return "; ".join(part for part in parts if part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +137,24 @@ class Result:
     """What came out of a run: where it lies, and its figures before and after."""
 
     out: Path
-    steps: int
+    ending: Ending
     before: Evaluation
     after: Evaluation
     trainable_parameters: int
     adapter_bytes: int
     seconds: float
 
+    @property
+    def steps(self) -> int:
+        """The optimizer steps that were taken."""
+        return self.ending.steps
+
     def as_dict(self) -> dict[str, Any]:
         """Returns the result for `--json`."""
         return {
             "out": str(self.out),
             "steps": self.steps,
+            **({} if self.ending.best_step is None else {"best_step": self.ending.best_step}),
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
             "trainable_parameters": self.trainable_parameters,

@@ -20,7 +20,7 @@ from lorakin.training import processes, reading
 from lorakin.training.alarms import repeated, warn
 from lorakin.training.evaluate import described
 from lorakin.training.reading import DataRows
-from lorakin.training.run import PreparedRun
+from lorakin.training.run import Ending, PreparedRun
 from lorakin.training.tasks import Evaluation
 
 
@@ -96,17 +96,26 @@ def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     return table
 
 
-def notes(run: PreparedRun, before: Evaluation, after: Evaluation) -> dict[str, str]:
+def _public_name(name: str) -> str:
+    """Returns the last part of a path, since a path on this machine is private, or a hub id."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def notes(
+    run: PreparedRun, before: Evaluation, after: Evaluation, ending: Ending
+) -> dict[str, str]:
     """Returns what the adapter's model card says about the run."""
     recipe = run.recipe
-    # Of a file the name alone, since its path on this machine is private.
-    sources = [Path(name).name if Path(name).exists() else name for name in recipe.data]
+    sources = [_public_name(name) for name in recipe.data]
     rows = f"{len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out"
-    steps = f"{count(run.total_steps, 'step')} of {count(run.rows_per_step, 'row')}"
+    steps = f"{count(ending.steps, 'step')} of {count(run.rows_per_step, 'row')}"
+    began = {} if recipe.adapter is None else {"Trained further": _public_name(recipe.adapter)}
     notes_of_run = {
+        **began,
         "Data": f"{', '.join(sources)}: {rows}",
         "Training": f"{steps} with AdamW, learning rate {recipe.lr:g}, {recipe.schedule} schedule, "
         f"in {recipe.quantize or recipe.dtype}, seed {recipe.seed}",
+        **({"Ended": ending.words} if ending.words else {}),
         "Held out before": described(before),
         "Held out after": described(after),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -11,7 +11,7 @@ import transformers
 
 from lorakin.adapter import Adapter
 from lorakin.errors import DivergedError
-from lorakin.training import processes, run_directory, schedules
+from lorakin.training import processes, run_directory, watching
 from lorakin.training.run import PreparedRun
 from lorakin.training.trainers import AdapterTraining
 
@@ -23,7 +23,11 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
     `last_finite_step` the step after which they were so (-1 before the first).
     """
 
-    def __init__(self, adapter: Adapter, held_out: Callable[[int], float], **kwargs: Any) -> None:
+    control: Any
+
+    def __init__(
+        self, adapter: Adapter, held_out: Callable[[int], Mapping[str, float]], **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.held_out = held_out
         self.trained = [p for p in adapter.parameters() if p.requires_grad]
@@ -31,8 +35,14 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
         self.last_finite_step = -1
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Returns the held-out loss, for schedules that follow it."""
-        return {"eval_loss": self.held_out(self.state.global_step)}
+        """Returns the held-out figures, and tells the callbacks."""
+        # All processes have to decide alike.
+        figures = processes.agreed(dict(self.held_out(self.state.global_step)))
+        self.log(dict(figures))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, figures
+        )
+        return figures
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
@@ -60,14 +70,14 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
 
 def trainer_of(
     run: PreparedRun,
-    held_out: Callable[[int], float],
+    held_out: Callable[[int], Mapping[str, float]],
     callbacks: list[transformers.TrainerCallback],
 ) -> AdapterTrainer:
     """Returns the Trainer of a run.
 
     Args:
         run: what `prepare` made.
-        held_out: returns the held-out loss at a step.
+        held_out: returns the held-out figures at a step, named as in the metrics.
         callbacks: callbacks that watch the run.
     """
     if run.recipe.gradient_checkpointing:
@@ -81,7 +91,7 @@ def trainer_of(
         eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
         compute_loss_func=run.task.loss,
-        callbacks=callbacks,
+        callbacks=[*watching.callbacks(run), *callbacks],
         processing_class=run.loaded.tokenizer,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -102,7 +112,6 @@ def on_one_device(arguments: transformers.TrainingArguments) -> transformers.Tra
 def arguments(run: PreparedRun) -> dict[str, Any]:
     """Returns the arguments of transformers' `TrainingArguments` for a run."""
     recipe, on_cpu = run.recipe, run.loaded.model.device.type == "cpu"
-    watches = recipe.schedule in schedules.WATCHERS
     return {
         "output_dir": str(run.out / run_directory.CHECKPOINTS),
         "per_device_train_batch_size": recipe.batch_size,
@@ -111,9 +120,7 @@ def arguments(run: PreparedRun) -> dict[str, Any]:
         "learning_rate": recipe.lr,
         "lr_scheduler_type": recipe.schedule,
         "lr_scheduler_kwargs": recipe.schedule_args,
-        "eval_strategy": "steps" if watches else "no",
-        "eval_steps": run.checkpoint_interval,
-        "metric_for_best_model": "eval_loss" if watches else None,
+        **watching.arguments(run),
         # Rounded down, since the first step of a warm-up has learning rate 0.
         "warmup_steps": int(recipe.warmup * run.total_steps),
         "weight_decay": recipe.weight_decay,

@@ -85,8 +85,8 @@ def check_evaluations(name: str, arguments: Mapping[str, Any], evaluations: int)
     require(
         evaluations >= needed,
         f"schedule {name} changes the rate after {needed} evaluations on the held-out rows at the "
-        f"earliest, and this run has {evaluations}, one with each checkpoint: give --schedule-arg "
-        "patience=… or a smaller --save-every",
+        f"earliest, and this run has {evaluations}: give --schedule-arg patience=… or a smaller "
+        "--eval-every",
     )
 
 

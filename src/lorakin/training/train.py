@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lorakin.errors import DataError, DivergedError, LorakinError, ModelError, O
 from lorakin.inject.llama_fusions import unfuse
 from lorakin.storage import directory
 from lorakin.terminal import command, labelled
-from lorakin.training import checkpoint_manifest, checkpoints, processes, run_directory
+from lorakin.training import checkpoint_manifest, checkpoints, processes, run_directory, watching
 from lorakin.training.alarms import Alarms, warn
 from lorakin.training.evaluate import described
 from lorakin.training.prepare import prepare
@@ -65,18 +65,25 @@ def _trained(
     before = before or _first_evaluation(run, metrics)
     run.console.print(labelled("held out before  ", described(before)))
 
-    def held_out(step: int) -> float:
+    taken: dict[int, Evaluation] = {}
+
+    def held_out(step: int) -> dict[str, Any]:
         evaluation = run.evaluate()
-        # The last step's figures are taken after training.
-        if step < run.total_steps:
-            metrics.add(step, **_as_metrics(evaluation))
-        return evaluation.loss
+        taken.clear()
+        taken[step] = evaluation
+        metrics.add(step, **_as_metrics(evaluation))
+        return _as_metrics(evaluation)
 
     seen = [Watch(run.console, metrics), Alarms(run.console)] if processes.is_first() else []
     trainer = trainer_of(run, held_out, [*seen, *callbacks])
-    after = _run_trainer(run, trainer)
+    after = _run_trainer(run, trainer, taken)
+    ending = watching.ending(run, trainer.state)
+    if ending.words:
+        run.console.print(labelled("ended  ", ending.words))
 
-    processes.first_writes(lambda: run.adapter.save(run.out, notes=notes(run, before, after)))
+    processes.first_writes(
+        lambda: run.adapter.save(run.out, notes=notes(run, before, after, ending))
+    )
     if (answer := after.only_answer) is not None:
         warn(
             run.console,
@@ -90,13 +97,14 @@ def _trained(
             f"loss {before.loss:.3f} before, {after.loss:.3f} after. "
             "Try another --lr, more --steps, or more rows",
         )
-    metrics.add(run.total_steps, **_as_metrics(after))
+    if not any(row["step"] == ending.steps and "eval_loss" in row for row in metrics.rows()):
+        metrics.add(ending.steps, **_as_metrics(after))
     processes.first_writes(lambda: metrics.plot(run.out / run_directory.PICTURE))
     run.loaded.model.eval()
     unfuse(run.loaded.model)
     return Result(
         run.out,
-        run.total_steps,
+        ending,
         before,
         after,
         run.adapter.trainable_parameters,
@@ -105,8 +113,15 @@ def _trained(
     )
 
 
-def _run_trainer(run: PreparedRun, trainer: AdapterTrainer) -> Evaluation:
+def _run_trainer(
+    run: PreparedRun, trainer: AdapterTrainer, taken: Mapping[int, Evaluation]
+) -> Evaluation:
     """Trains, and returns the held-out figures after it.
+
+    Args:
+        run: what `prepare` made.
+        trainer: its Trainer.
+        taken: the last evaluation while training, by its step.
 
     Raises:
         DivergedError: a loss or a trained number is not finite; the last good adapter is saved.
@@ -120,12 +135,13 @@ def _run_trainer(run: PreparedRun, trainer: AdapterTrainer) -> Evaluation:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-        after = run.evaluate()
+        steps = trainer.state.global_step
+        kept = watching.ending(run, trainer.state).best_step or steps
+        after = taken.get(kept) or run.evaluate()
         finite = all(bool(torch.isfinite(p).all()) for p in trainer.trained)
         if not math.isfinite(after.loss) or not finite:
             raise DivergedError(
-                f"the held-out loss became {after.loss} with the last step, {run.total_steps}",
-                run.total_steps,
+                f"the held-out loss became {after.loss} with the last step, {steps}", steps
             )
     except DivergedError as error:
         raise _saved_and_error(run, trainer, error) from None

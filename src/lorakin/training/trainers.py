@@ -120,6 +120,8 @@ class AdapterTraining:
         manifest = checkpoint_manifest.verified(Path(folder))
         manifest.check_run(self.run_identity)
         manifest.check_versions()
+        if self.args.load_best_model_at_end and (best := checkpoints.best_of(Path(folder))):
+            checkpoint_manifest.verified(best)
         if manifest.processes != self.args.world_size:
             warnings.warn(
                 f"{folder} was saved by {manifest.processes} processes, and there are "
@@ -157,13 +159,22 @@ class AdapterTraining:
         if not state_file.is_file():
             return None
         state = transformers.TrainerState.load_from_json(str(state_file))
-        if state.global_step < self.args.max_steps:
+        if state.global_step < self.args.max_steps and not self._was_stopped(state):
             return None
         self.state = state
         for adapter in self._trained():
             adapter.run.begin(self.args.max_steps)
         self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
         return transformers.trainer_utils.TrainOutput(state.global_step, 0.0, {})
+
+    def _was_stopped(self, state: Any) -> bool:
+        """Returns whether a callback, such as early stopping, had ended the run by then."""
+        if not self.args.restore_callback_states_from_checkpoint:
+            return False
+        control = state.stateful_callbacks.get("TrainerControl", {})
+        return bool(control.get("args", {}).get("should_training_stop"))
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         """Saves as the Trainer does, with a manifest; deletes older ones by their steps."""
@@ -264,7 +275,10 @@ class AdapterTraining:
             adapter.restore(_adapter_directory(resume_from_checkpoint, name))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        recorded = Path(self.state.best_model_checkpoint)
+        # The run's directory may have been moved.
+        here = Path(self.args.output_dir) / recorded.name
+        self._load_from_checkpoint(str(here if here.is_dir() else recorded))
 
     def _trained(self) -> list[Adapter]:
         return [

@@ -1,0 +1,111 @@
+"""When a run evaluates on its held-out rows, which step is its best, and when it stops early."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from lorakin.errors import SettingError
+from lorakin.family.settings import require
+from lorakin.training import schedules
+from lorakin.training.metrics import METRICS, check_metric
+from lorakin.training.run import LOSS, Ending, PreparedRun
+
+
+class EvaluateLastStep(transformers.TrainerCallback):
+    """A Trainer callback that lets the last step be evaluated, whatever the interval is."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for an evaluation at the last step."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+class EarlyStopping(transformers.EarlyStoppingCallback):
+    """transformers' early stopping, without its advice to keep the best step."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Does nothing: `--keep` says what is kept."""
+
+
+def evaluation_interval(run: PreparedRun) -> int | None:
+    """Returns the steps between two evaluations, None if only the end is evaluated.
+
+    Whoever wants evaluations and does not say how often gets one with each checkpoint.
+    """
+    recipe = run.recipe
+    watches = (
+        recipe.keep == "best" or recipe.early_stopping or recipe.schedule in schedules.WATCHERS
+    )
+    return recipe.eval_every or (run.checkpoint_interval if watches else None)
+
+
+def deciding_metric(run: PreparedRun) -> tuple[str, bool]:
+    """Returns the figure that says which step is best, and whether more of it is better."""
+    task, recipe = run.task, run.recipe
+    # Schedules that follow a figure follow the loss.
+    first = LOSS if recipe.schedule in schedules.WATCHERS else (*task.metrics, LOSS)[0]
+    name = recipe.metric or first
+    return name, name != LOSS and METRICS[name].higher_is_better
+
+
+def check(run: PreparedRun) -> None:
+    """Checks that a run evaluates where its recipe needs it.
+
+    Raises:
+        SettingError: evaluations that the recipe's schedule, `keep` or `early_stopping` lack.
+    """
+    recipe, interval = run.recipe, evaluation_interval(run)
+    check_metric(recipe.metric, run.task.metrics, run.task.word)
+    metric, _ = deciding_metric(run)
+    within = 0 if interval is None else run.total_steps // interval
+    schedules.check_evaluations(recipe.schedule, recipe.schedule_args, within)
+    if recipe.schedule in schedules.WATCHERS and metric != LOSS:
+        raise SettingError(
+            f"schedule {recipe.schedule} follows the held-out loss, so --metric {metric} cannot "
+            "decide beside it: give --metric loss, or another --schedule"
+        )
+    if recipe.keep == "best" and recipe.save_every not in (None, interval):
+        raise SettingError(
+            f"--keep best writes a checkpoint at each evaluation, every {interval} steps, so "
+            f"--save-every {recipe.save_every} contradicts it: leave --save-every out"
+        )
+    patience = recipe.early_stopping or 0
+    before_end = 0 if interval is None else (run.total_steps - 1) // interval
+    require(
+        not patience or before_end > patience,
+        f"--early-stopping {patience} could never stop this run, which has {before_end} "
+        "evaluations before its end: give a smaller --eval-every or a smaller number",
+    )
+
+
+def arguments(run: PreparedRun) -> dict[str, Any]:
+    """Returns the arguments of transformers' `TrainingArguments` for evaluations."""
+    interval, (metric, higher) = evaluation_interval(run), deciding_metric(run)
+    if interval is None:
+        return {"eval_strategy": "no"}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": interval,
+        "metric_for_best_model": f"eval_{metric}",
+        "greater_is_better": higher,
+        "load_best_model_at_end": run.recipe.keep == "best",
+        # How many evaluations were no better, and whether that was the end.
+        "restore_callback_states_from_checkpoint": True,
+    }
+
+
+def callbacks(run: PreparedRun) -> list[transformers.TrainerCallback]:
+    """Returns the Trainer's callbacks for evaluations."""
+    if evaluation_interval(run) is None:
+        return []
+    patience = run.recipe.early_stopping
+    stopping = [] if patience is None else [EarlyStopping(patience)]
+    return [EvaluateLastStep(), *stopping]
+
+
+def ending(run: PreparedRun, state: transformers.TrainerState) -> Ending:
+    """Returns how a run's training ended, from the Trainer's state."""
+    best = state.best_global_step if run.recipe.keep == "best" else None
+    return Ending(state.global_step, run.total_steps, best, deciding_metric(run)[0])

@@ -33,6 +33,7 @@ from lorakin.training.recipe_file import write_recipe
 from lorakin.training.run import PreparedRun
 from lorakin.training.run_directory import RunDirectoryLock
 from lorakin.training.run_report import show_rows, show_run
+from lorakin.training.starting import Start, read_start
 from lorakin.training.tasks import Task, task_for
 from lorakin.training.templates import Template
 from lorakin.training.tokens import rows_of
@@ -65,7 +66,10 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> PreparedR
 
 
 def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock) -> PreparedRun:
-    method = recipe.build()
+    start = read_start(recipe.adapter)
+    recipe = recipe if start is None else start.decide(recipe)
+    method = recipe.build() if start is None else start.method
+    watching.check_reporters(recipe.report_to)
     recipe = dataclasses.replace(recipe, lr=recipe.lr or method.learning_rate)
     _check_schedule(recipe, recipe.steps)
     if recipe.layers is not None:
@@ -95,7 +99,7 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     method.resolved(run.total_steps)
     _check_schedule(recipe, run.total_steps)
     watching.check(run)
-    _place_adapter(run, method, template)
+    _place_adapter(run, method, template, start)
     show_run(run)
     return run
 
@@ -123,16 +127,23 @@ def _with_template(recipe: Recipe, loaded: Loaded, rows: DataRows) -> tuple[Reci
     return dataclasses.replace(recipe, date=day), template
 
 
-def _place_adapter(run: PreparedRun, method: Method, template: str | None) -> None:
+def _place_adapter(
+    run: PreparedRun, method: Method, template: str | None, start: Start | None
+) -> None:
     """Places the adapter and writes the recipe; a method with a probe measures importance first."""
     recipe, model = run.recipe, run.loaded.model
-    where = _where(run)
 
     def settings() -> None:
         write_recipe(recipe, run.out / run_directory.RECIPE)
         if template is not None:
             atomic.write(run.out, {TEMPLATE: template.encode()})
 
+    if start is not None:
+        run.adapter = start.place(run.loaded)
+        float16_base.check_no_float16_training(model)
+        processes.first_writes(settings)
+        return
+    where = _where(run)
     if method.needed_probe is None:
         run.adapter = adapt(model, method, **where, **measured_by(run, method))
         float16_base.check_no_float16_training(model)

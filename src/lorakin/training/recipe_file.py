@@ -44,7 +44,15 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
     for name in ("model", "data", "out"):
         if name not in settings:
             raise SettingError(f"--{name} is missing; give it as a flag or in the recipe")
-    return Recipe(**settings)
+    recipe = Recipe(**settings)
+    if recipe.adapter is not None and "method" in settings:
+        from lorakin.training.starting import read_start  # which imports torch
+
+        # The recipe cannot tell its default from what was given.
+        start = read_start(recipe.adapter)
+        assert start is not None
+        start.check({"method": recipe.method})
+    return recipe
 
 
 def without_empty(flags: Mapping[str, Any]) -> dict[str, Any]:

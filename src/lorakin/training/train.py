@@ -172,7 +172,9 @@ def _resumable(run: PreparedRun) -> str:
 
 
 def _first_evaluation(run: PreparedRun, metrics: Metrics) -> Evaluation:
-    """Returns the held-out figures without the adapter; a resumed run has them in its metrics.
+    """Returns the held-out figures without a new adapter, or with the one that is trained further.
+
+    A resumed run has them in its metrics.
 
     Raises:
         DataError: a resumed run has other rows than when it began.
@@ -190,7 +192,7 @@ def _first_evaluation(run: PreparedRun, metrics: Metrics) -> Evaluation:
         return Evaluation.of_dict(
             {name.removeprefix("eval_"): value for name, value in row.items()}
         )
-    with run.adapter.disabled():
+    with run.adapter.disabled() if run.recipe.adapter is None else contextlib.nullcontext():
         before = run.evaluate()
     if not math.isfinite(before.loss):
         raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -48,6 +49,20 @@ def deciding_metric(run: PreparedRun) -> tuple[str, bool]:
     first = LOSS if recipe.schedule in schedules.WATCHERS else (*task.metrics, LOSS)[0]
     name = recipe.metric or first
     return name, name != LOSS and METRICS[name].higher_is_better
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Checks that the packages to report to are there.
+
+    Raises:
+        SettingError: one is not.
+    """
+    for name in names:
+        require(
+            getattr(transformers.integrations, f"is_{name}_available")(),
+            f"--report-to {name} needs the package {name}, which is not installed: "
+            f"pip install {name}",
+        )
 
 
 def check(run: PreparedRun) -> None:

@@ -89,6 +89,16 @@ def _insert(loaded: Loaded, files: directory.AdapterFiles, name: str, other_base
     insert_document(loaded.model, name, files.match(loaded.model, other_base))
 
 
+def check_fits(loaded: Loaded, files: directory.AdapterFiles) -> None:
+    """Checks what an adapter's files say of their base, before they are matched with it.
+
+    Raises:
+        ModelError: the base lacks weights which the adapter does not hold either.
+    """
+    _check_complete(loaded, files)
+    _warn_of_other_base(loaded, files)
+
+
 def _check_complete(loaded: Loaded, files: directory.AdapterFiles) -> None:
     """Refuses a base that lacks weights which the adapter does not hold either."""
     whole = files.config.get("modules_to_save") or ()

@@ -147,3 +147,49 @@ def test_what_could_not_work_is_refused_before_anything_is_written(
     with pytest.raises(lk.SettingError):
         run(make("out", **settings))
     assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_is_told_what_the_metrics_say(make: Make) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = make("out", eval_every=2, steps=4, report_to="tensorboard")
+    run(recipe)
+    (file,) = Path(recipe.out).rglob("events.out.tfevents.*")
+    read = events.EventAccumulator(str(file)).Reload()
+    losses = {event.step: event.value for event in read.Scalars("train/loss")}
+    rows = Metrics(Path(recipe.out) / "metrics.jsonl", writes=False).rows()
+    assert losses == pytest.approx({row["step"]: row["loss"] for row in rows if "loss" in row})
+    held = {event.step: event.value for event in read.Scalars("eval/loss")}
+    assert held == pytest.approx({n: v for n, v in held_out(recipe.out).items() if n})
+    assert {"train/grad_norm", "train/learning_rate"} <= set(read.Tags()["scalars"])
+
+
+def test_a_missing_reporter_is_named_before_training(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.is_wandb_available", lambda: False)
+    with pytest.raises(lk.SettingError, match="pip install wandb"):
+        run(make("out", report_to=["tensorboard", "wandb"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_classifier_is_judged_by_its_metric(make: Make, bert_dir: str, write_rows: Write) -> None:
+    words = ("cat", "dog", "bird", "tree")
+    rows = [
+        {"text": f"the {word} {verb}", "label": "yes" if word in ("cat", "bird") else "no"}
+        for word in words
+        for verb in ("sat", "ran", "flew")
+    ]
+    data, held = write_rows(rows * 2, "labelled.jsonl"), write_rows(rows, "held-labelled.jsonl")
+    common = {"model": bert_dir, "data": data, "eval_data": held, "eval_every": 2}
+    recipe = make("out", **common, keep="best", metric="matthews")
+    result, shown = run(recipe)
+    metrics = Metrics(Path(recipe.out) / "metrics.jsonl", writes=False).rows()
+    figures = {row["step"]: row["eval_matthews"] for row in metrics[1:] if "eval_loss" in row}
+    assert result.ending.best_step == max(figures, key=lambda step: figures[step]), (
+        "the first of equals"
+    )
+    assert result.after.metrics["matthews"].value == max(figures.values())
+    assert "the best by matthews" in shown and "accuracy" in shown
+    with pytest.raises(lk.SettingError, match="f2"):
+        run(make("other", **common, metric="f2"))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import functools
 import hashlib
+import inspect
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorakin.errors import SettingError
 from lorakin.training.token_labels import IGNORED
 
 Row = Mapping[str, Any]
@@ -113,7 +116,10 @@ def row_losses(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def answer_loss(
-    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Returns the cross-entropy per labelled token, in float32.
 
@@ -121,11 +127,39 @@ def answer_loss(
         outputs: a model's, with logits of shape (rows, positions, vocabulary).
         labels: of a batch of `AnswerCollator`.
         num_items_in_batch: by how many the sum is divided; by default the labelled tokens.
+        label_smoothing: the share of a label's probability that is spread over the vocabulary.
     """
     following = labels[:, 1:].to(outputs.logits.device)
     logits = outputs.logits[:, : following.shape[1]].float()
     total = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1),
+        following.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
     count = (following != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count
+
+
+def smoothed(loss: Callable[..., Tensor] | None, share: float) -> Callable[..., Tensor] | None:
+    """Returns a loss with label smoothing, which transformers leaves to a loss of one's own.
+
+    >>> smoothed(answer_loss, 0.1).keywords
+    {'label_smoothing': 0.1}
+
+    Args:
+        loss: a task's.
+        share: the share of a label's probability that is spread; 0 changes nothing.
+
+    Raises:
+        SettingError: the loss has no labels to choose from, such as a regression's.
+    """
+    if not share:
+        return loss
+    if loss is None or "label_smoothing" not in inspect.signature(loss).parameters:
+        raise SettingError(
+            f"label_smoothing {share:g} needs a task with one right label of several, and this one "
+            "has none; leave it out"
+        )
+    return functools.partial(loss, label_smoothing=share)

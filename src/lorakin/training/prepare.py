@@ -33,7 +33,8 @@ from lorakin.training.recipe_file import write_recipe
 from lorakin.training.run import PreparedRun
 from lorakin.training.run_directory import RunDirectoryLock
 from lorakin.training.run_report import show_rows, show_run
-from lorakin.training.starting import Start, read_start
+from lorakin.training.run_trainer import loss_of
+from lorakin.training.starting import StartingAdapter, read_start
 from lorakin.training.tasks import Task, task_for
 from lorakin.training.templates import Template
 from lorakin.training.tokens import rows_of
@@ -99,6 +100,7 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     method.resolved(run.total_steps)
     _check_schedule(recipe, run.total_steps)
     watching.check(run)
+    loss_of(run)
     _place_adapter(run, method, template, start)
     show_run(run)
     return run
@@ -128,7 +130,7 @@ def _with_template(recipe: Recipe, loaded: Loaded, rows: DataRows) -> tuple[Reci
 
 
 def _place_adapter(
-    run: PreparedRun, method: Method, template: str | None, start: Start | None
+    run: PreparedRun, method: Method, template: str | None, start: StartingAdapter | None
 ) -> None:
     """Places the adapter and writes the recipe; a method with a probe measures importance first."""
     recipe, model = run.recipe, run.loaded.model

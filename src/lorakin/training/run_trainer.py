@@ -12,6 +12,7 @@ import transformers
 from lorakin.adapter import Adapter
 from lorakin.errors import DivergedError
 from lorakin.training import processes, run_directory, watching
+from lorakin.training.batches import smoothed
 from lorakin.training.run import PreparedRun
 from lorakin.training.trainers import AdapterTraining
 
@@ -68,6 +69,15 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
         return loss
 
 
+def loss_of(run: PreparedRun) -> Callable[..., torch.Tensor] | None:
+    """Returns the loss of a batch; None for the one that the model computes.
+
+    Raises:
+        SettingError: label smoothing for a loss that cannot have it.
+    """
+    return smoothed(run.task.loss, run.recipe.label_smoothing)
+
+
 def trainer_of(
     run: PreparedRun,
     held_out: Callable[[int], Mapping[str, float]],
@@ -90,7 +100,7 @@ def trainer_of(
         train_dataset=datasets.Dataset.from_list(run.train.examples),
         eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
-        compute_loss_func=run.task.loss,
+        compute_loss_func=loss_of(run),
         callbacks=[*watching.callbacks(run), *callbacks],
         processing_class=run.loaded.tokenizer,
     )

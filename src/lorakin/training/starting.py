@@ -34,7 +34,7 @@ OF_THE_PLACES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class StartingAdapter:
     """An adapter to train further: the user's name for it, and its files."""
 
     name: str
@@ -105,13 +105,15 @@ class Start:
         return insert_document(loaded.model, "default", document, trainable=True)
 
 
-def read_start(name: str | None) -> Start | None:
+def read_start(name: str | None) -> StartingAdapter | None:
     """Reads the adapter in a directory or on the hub; None for none.
 
     Raises:
         AdapterError: there is none, or it cannot be read.
     """
-    return None if name is None else Start(name, directory.read(hub.adapter_directory(name)))
+    return (
+        None if name is None else StartingAdapter(name, directory.read(hub.adapter_directory(name)))
+    )
 
 
 def _given(recipe: Recipe) -> dict[str, Any]:

@@ -136,6 +136,22 @@ class Classification(SequenceTask):
             raise DataError(f"{record.where}: label {label!r} is none of {', '.join(self.labels)}")
         return self.labels.index(label)
 
+    @property
+    def loss(self) -> Loss | None:
+        return self._smoothable_loss
+
+    def _smoothable_loss(
+        self,
+        outputs: Any,
+        labels: Tensor,
+        num_items_in_batch: Any = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        logits = outputs.logits.float()
+        labels = labels.to(logits.device)
+        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
 

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from lorakin.report import page
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = ("train", "cpu", "torch", "cuda", "test", "docs", "deepspeed")
+SECTIONS = ("train", "cpu", "torch", "cuda", "kernels", "test", "docs", "deepspeed")
 
 
 def locked(section: str) -> dict[str, tuple[str, list[str]]]:
@@ -33,11 +33,11 @@ def test_every_package_has_a_version_and_hashes() -> None:
     text = (ROOT / "constraints.txt").read_text()
     everything = {name: entry for section in SECTIONS for name, entry in locked(section).items()}
     assert (
-        len(everything) + 1
+        len(everything) + 2
         == sum(len(locked(section)) for section in SECTIONS)
         == text.count("==")
         > 90
-    ), "torch twice"
+    ), "torch and triton twice"
     assert locked("cpu")["torch"][0] == locked("torch")["torch"][0] + "+cpu"
     assert all(hashes for _, hashes in everything.values())
     assert text.count("--hash") == sum(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -48,15 +49,21 @@ def test_the_commands_run(
     ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = commands("lorakin")
-    assert len(lines) == 14
+    assert len(lines) == 17
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("What is 1 plus 1?\n/base\n/compare\n")
+    )  # for chat
     for line in lines:
         tiny = {"smollm2": model_dir, "30": "2", "steps=200": "steps=4"}
         arguments = [tiny.get(word, word) for word in shlex.split(line)[1:]]
         if arguments[0] == "compare":
             arguments += ["--seeds", "1", "--lr-sweep", "1e-3"]
+        if arguments[0] == "chat":
+            arguments += ["--max-new-tokens", "3"]
         assert run(arguments) == 0, line
     assert (tmp_path / "comparison" / "report.html").exists()
     assert (tmp_path / "my-adapter.html").exists()
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 64
     assert (tmp_path / "another-adapter" / "adapter_model.safetensors").exists()
     assert "lr: 0.0001" in (tmp_path / "another-adapter" / "recipe.yaml").read_text()
     assert (tmp_path / "merged-model" / "model.safetensors").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import traceback
 import warnings
@@ -29,7 +28,7 @@ from lorakin.cli import (
     push,
     train,
 )
-from lorakin.cli.verbosity import Quiet, Verbose, calm_libraries, chosen, with_verbosity
+from lorakin.cli.verbosity import Quiet, Verbose, calm_libraries, chosen, is_first, with_verbosity
 from lorakin.errors import LorakinError, LorakinWarning
 from lorakin.terminal import Terminal, labelled, shortened
 
@@ -84,8 +83,7 @@ def everywhere(quiet: Quiet = False, verbose: Verbose = False) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit code."""
-    # Of several processes only the first prints.
-    errors = Terminal(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    errors = Terminal(stderr=True, quiet=not is_first())
     shown = warnings.showwarning
 
     def show_ours(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:

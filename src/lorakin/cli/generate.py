@@ -19,6 +19,7 @@ from lorakin.cli.answering import (
 )
 from lorakin.cli.options import Dtype, Json, Model, OtherBase, console_for, examples, print_json
 from lorakin.cli.recipe_options import recipe_options
+from lorakin.cli.verbosity import messages_on
 from lorakin.terminal import visible
 from lorakin.training.recipe import DATA_HELP
 
@@ -108,10 +109,14 @@ def command(
         "other_base": other_base, "quantize": flags.pop("quantize", None),
     }  # fmt: skip
     if prompts is not None and out is not None:
-        written = answer_file(
-            model, adapter or [], prompts, out, sampling, batch_size=batch_size, system=system,
-            columns=flags.get("columns"), layout=flags.get("format"), **loading,
-        )  # fmt: skip
+        try:
+            written = answer_file(
+                model, adapter or [], prompts, out, sampling, batch_size=batch_size, system=system,
+                columns=flags.get("columns"), layout=flags.get("format"), **loading,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            messages_on(as_json).for_warnings.print(f"stopped; the same command goes on with {out}")
+            raise
         if as_json:
             print_json(written)
         else:

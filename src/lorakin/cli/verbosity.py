@@ -57,6 +57,11 @@ chosen = Verbosity()
 """What the user asked for in this run of the command."""
 
 
+def is_first() -> bool:
+    """Returns whether this process is the first of several, or the only one: it alone prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def messages_on(as_json: bool) -> Terminal:
     """Returns the console for what is said on the way to a result; with `--quiet` it is silent."""
     for_warnings = Terminal(stderr=True) if chosen.quiet else None
@@ -75,7 +80,7 @@ def with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*, quiet: bool, verbose: bool, **given: Any) -> None:
         chosen.ask(quiet, verbose)
-        with show_on(None if chosen.quiet else Terminal(stderr=True)):
+        with show_on(None if chosen.quiet or not is_first() else Terminal(stderr=True)):
             command(**given)
 
     parameters = [*(p.replace(kind=keyword) for p in declared), *added]

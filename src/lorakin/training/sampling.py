@@ -92,8 +92,7 @@ class GumbelNoise(transformers.LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns the scores, (batch, vocabulary), with noise."""
-        # MPS has no float64. In float32 an exponential is zero once in 2^24 draws, which would
-        # make a token the largest whatever its logit.
+        # The smallest exponentials decide, and those are coarse in float32. MPS has no float64.
         device = torch.device("cpu") if scores.device.type == "mps" else scores.device
         if not self.generators:
             self.generators = [torch.Generator(device).manual_seed(seed) for seed in self.seeds]

@@ -65,7 +65,12 @@ def test_what_is_given_is_as_a_recipe_takes_it(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--no-chat-template", "--chat-template", "x"], ["--set", "ratio"], ["--columns", "a"]],
+    [
+        ["--no-chat-template", "--chat-template", "x"],
+        ["--fuse", "--no-fuse"],
+        ["--set", "ratio"],
+        ["--columns", "a"],
+    ],
 )
 def test_what_contradicts_or_is_no_pair(arguments: list[str]) -> None:
     with pytest.raises(lk.SettingError):

@@ -109,22 +109,11 @@ def _parameters(name: str, grouped: bool) -> Iterator[inspect.Parameter]:
     kind: Any = plain(kinds()[name])
     flag = "--" + name.replace("_", "-")
     flags = list(option.names or [flag])
-    if name == TEMPLATE:
-        kind = str
-        yield _parameter(
-            "no_chat_template",
-            bool,
-            typer.Option(
-                "--no-chat-template",
-                help="Write prompts without a chat template.",
-                rich_help_panel=panel,
-            ),
-            False,
-        )
+    if name == TEMPLATE or kind is bool:
+        yield _no(name, panel)
+        kind = str if name == TEMPLATE else bool
     elif name in READERS or typing.get_origin(kind) is dict:
         kind = list[str]
-    elif kind is bool:
-        flags = [f"{flag}/--no-{flag[2:]}"]
     elif typing.get_origin(kind) is typing.Literal:
         kind = str  # `Recipe` refuses other words
     words = _words(name)
@@ -136,6 +125,18 @@ def _parameters(name: str, grouped: bool) -> Iterator[inspect.Parameter]:
         autocompletion=(lambda: words) if words else None,
     )
     yield _parameter(name, kind | None, typer_option, None)
+
+
+def _no(name: str, panel: str | None) -> inspect.Parameter:
+    """Returns the option that says no to a field.
+
+    `--help` leaves most of them out: they are there to say no to what a recipe says.
+    """
+    flag = "--no-" + name.replace("_", "-")
+    is_template = name == TEMPLATE
+    said = "Write prompts without a chat template." if is_template else f"Not --{flag[5:]}."
+    option = typer.Option(flag, help=said, rich_help_panel=panel, hidden=not is_template)
+    return _parameter(f"no_{name}", bool, option, False)
 
 
 def _words(name: str) -> list[str]:
@@ -168,19 +169,17 @@ def _fields(names: Sequence[str], raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that the user gave, as `Recipe` takes them.
 
     Raises:
-        SettingError: a text is not NAME=VALUE, or both --chat-template and --no-chat-template are
-            given.
+        SettingError: a text is not NAME=VALUE, or an option and its --no- are given.
     """
     from lorakin.training.yaml_values import parse_columns, parse_settings
 
     fields: dict[str, Any] = {}
     for name in names:
         value, option = raw[name], option_of(name)
-        if name == TEMPLATE and raw["no_chat_template"]:
+        if raw.get(f"no_{name}"):
             if value is not None:
-                raise SettingError(
-                    "--chat-template and --no-chat-template contradict each other; give one"
-                )
+                flag = name.replace("_", "-")
+                raise SettingError(f"--{flag} and --no-{flag} contradict each other; give one")
             value = False
         elif not value and isinstance(value, list | None):
             continue

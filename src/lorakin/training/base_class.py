@@ -29,6 +29,16 @@ PREFIX = "base_model.model."
 """How the names in an adapter's file begin."""
 
 
+def is_seq2seq(config: Any) -> bool:
+    """Returns whether a config is of a model with an encoder and a decoder, as T5 and BART.
+
+    >>> is_seq2seq(transformers.T5Config()), is_seq2seq(transformers.LlamaConfig())
+    (True, False)
+    """
+    known = type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return known and bool(getattr(config, "is_encoder_decoder", False))
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseClass:
     """A class of transformers, or one of its Auto classes, and a classifier's labels in order."""

@@ -72,7 +72,15 @@ class Labelled:
     second: str | None = None
 
 
-Content = Conversation | PlainText | Labelled
+@dataclasses.dataclass(frozen=True)
+class Tagged:
+    """Words, and the tag of each, as it stands in the data."""
+
+    words: list[str]
+    tags: list[Any]
+
+
+Content = Conversation | PlainText | Labelled | Tagged
 
 
 def text_of(value: Any, what: str) -> str:

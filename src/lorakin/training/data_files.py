@@ -258,7 +258,8 @@ def _without_nulls(value: Any) -> Any:
 def _class_names(features: Any) -> dict[str, list[str]]:
     import datasets
 
-    kinds = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    of_items = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
+    kinds = {name: kind for name, kind in of_items.items() if isinstance(kind, datasets.ClassLabel)}
     return {name: list(kind.names) for name, kind in kinds.items()}
 
 

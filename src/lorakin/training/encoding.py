@@ -10,9 +10,10 @@ from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.training.answers import ALL, ANSWERS, LOSS_ON, Answers
-from lorakin.training.contents import Content, Conversation, Labelled, PlainText
+from lorakin.training.contents import Content, Conversation, Labelled, PlainText, Tagged
 from lorakin.training.endings import stop_ids
-from lorakin.training.reading import DataRows, Record, row_in_message
+from lorakin.training.reading import DataRows, row_in_message
+from lorakin.training.records import Record
 from lorakin.training.templates import Template
 from lorakin.training.token_labels import IGNORED, continued
 from lorakin.waiting import tracked
@@ -77,7 +78,7 @@ class Encoder:
             content = Conversation(turns, [None, None])
         if isinstance(content, PlainText):
             return self._text(content)
-        if isinstance(content, Labelled):
+        if isinstance(content, Labelled | Tagged):
             raise DataError("it has a label, which a language model does not learn")
         if self.answers is None:
             raise DataError(

@@ -106,13 +106,9 @@ def _loaded_for(
     Raises:
         DataError: the rows do not suit the model.
     """
-    labels = stored_labels(model) if rows.is_classification and adapter is None else None
-    if rows.is_classification and adapter is None and labels is None:
+    labels = stored_labels(model) if rows.has_labels and adapter is None else None
+    if rows.has_labels and adapter is None and labels is None:
         raise DataError(
             f"{rows.name} has labels, but without --adapter the classifier would have a random head"
         )
-    loaded = load_with_adapter(model, adapter, dtype, labels, other_base, quantize)
-    kind = type(loaded.model).__name__
-    if kind.endswith("ForSequenceClassification") != rows.is_classification:
-        raise DataError(f"{rows.name} has format {rows.formats[0]}, which does not suit a {kind}")
-    return loaded
+    return load_with_adapter(model, adapter, dtype, labels, other_base, quantize)

@@ -17,6 +17,7 @@ from lorakin.training.contents import (
     Conversation,
     Labelled,
     PlainText,
+    Tagged,
     Values,
     listed,
     short_json,
@@ -36,7 +37,8 @@ from lorakin.training.messages import (
 
 CLASSIFICATION = "classification"
 LANGUAGE, MULTI_LABEL, REGRESSION = "language", "multi-label", "regression"
-TASKS = (LANGUAGE, CLASSIFICATION, MULTI_LABEL, REGRESSION)
+SEQ2SEQ, TOKEN_CLASSIFICATION = "seq2seq", "token-classification"
+TASKS = (LANGUAGE, SEQ2SEQ, CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION)
 """The words of the tasks."""
 PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
@@ -131,6 +133,21 @@ def _labelled(label: str, *texts: str) -> Callable[[Values], Labelled]:
     return read
 
 
+def _tagged(words: str, tags: str) -> Callable[[Values], Tagged]:
+    def read(row: Values) -> Tagged:
+        of_words, of_tags = listed(row[words], words), listed(row[tags], tags)
+        if not of_words or not all(isinstance(word, str) for word in of_words):
+            raise DataError(f"{words} is {short_json(row[words])}, expected a list of words")
+        if len(of_words) != len(of_tags):
+            raise DataError(
+                f"{words} has {len(of_words)} words and {tags} {len(of_tags)} tags; each word "
+                "needs one"
+            )
+        return Tagged(of_words, of_tags)
+
+    return read
+
+
 def _plain(row: Values) -> PlainText:
     return PlainText("", text_of(row["text"], "text"))
 
@@ -185,6 +202,11 @@ FORMATS = (
         Format(CLASSIFICATION, (text, label), (), _labelled(label, text))
         for text in ("text", "sentence")
         for label in LABELS[:2]
+    ),
+    *(
+        Format(TOKEN_CLASSIFICATION, (words, tags), (), _tagged(words, tags))
+        for words in ("tokens", "words")
+        for tags in ("ner_tags", "pos_tags", "tags", "labels")
     ),
     Format("text", ("text",), (), _plain),
 )

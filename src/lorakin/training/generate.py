@@ -14,6 +14,7 @@ import transformers
 
 from lorakin.errors import ModelError, SettingError
 from lorakin.switching import mixed_batch
+from lorakin.training.base_class import is_seq2seq
 from lorakin.training.generation_settings import StopAtNaN, with_settings
 from lorakin.training.limits import check_prompt, check_rows
 from lorakin.training.models import Loaded
@@ -166,6 +167,10 @@ def generated(
     missing = [width - len(request.ids) for request in requests]
     rows = [[pad] * n + r.ids for n, r in zip(missing, requests, strict=True)]
     mask = [[0] * n + [1] * (width - n) for n in missing]
+    has_encoder = is_seq2seq(model.config)
+    if has_encoder:  # an encoder counts positions from the left, and the answer does not follow
+        rows = [r.ids + [pad] * n for n, r in zip(missing, requests, strict=True)]
+        mask = [row[::-1] for row in mask]
 
     used = [request.speaker.adapter for request in requests]
     if len(set(used)) == 1:
@@ -185,7 +190,8 @@ def generated(
             stopping_criteria=transformers.StoppingCriteriaList(stopping),
             streamer=streamer,
         )
-    return [_text(row, speaker, sampling) for row in out[:, width:].tolist()]
+    answered = out[:, 1:] if has_encoder else out[:, width:]
+    return [_text(row, speaker, sampling) for row in answered.tolist()]
 
 
 def _text(row: list[int], speaker: Speaker, sampling: Sampling) -> str:

@@ -109,12 +109,9 @@ def check_shapes(
     return keys
 
 
-def named_classes(config: Any) -> list[str] | None:
-    """Returns the classes of a model stored as a classifier, in order; None for others."""
-    if not any(
-        str(kind).endswith("ForSequenceClassification")
-        for kind in getattr(config, "architectures", None) or ()
-    ):
+def named_classes(config: Any, head: str = "ForSequenceClassification") -> list[str] | None:
+    """Returns the classes of a model stored with such a head, in order; None for others."""
+    if not any(str(kind).endswith(head) for kind in getattr(config, "architectures", None) or ()):
         return None
     return [str(config.id2label[number]) for number in sorted(config.id2label)]
 

@@ -15,6 +15,7 @@ from lorakin.errors import LorakinWarning, ModelError
 from lorakin.inject.heads import head_of
 from lorakin.storage import paths, tokenizer_fingerprint
 from lorakin.training import gguf_cache, heads, loading, model_files
+from lorakin.training.base_class import is_seq2seq
 from lorakin.training.model_sources import PACKAGED, located, source_of
 from lorakin.training.precision import DTYPES, best_device, quantisation, resolve_dtype
 from lorakin.waiting import waiting
@@ -50,6 +51,7 @@ def load_model(
     labels: Sequence[str] | None = None,
     quantize: str | None = None,
     cls: Any = None,
+    auto: str | None = None,
 ) -> Loaded:
     """Loads a causal language model, a classifier, or a model of another class.
 
@@ -62,29 +64,40 @@ def load_model(
             few bits. Without it, a model that is stored quantised stays so.
         cls: another class of transformers, or one of its Auto classes. What the files lack of it
             is random and `fresh`, and there may be no tokenizer.
+        auto: the name of the Auto class of the task; by default that of a model that writes, or of
+            a classifier of texts.
 
     Raises:
         ModelError: nothing of that name can be found or loaded.
         SettingError: an unknown dtype or quantisation, or one whose package is missing.
     """
-    loaded = load(name, dtype, labels, quantize, cls)
+    loaded = load(name, dtype, labels, quantize, cls, auto)
     if loaded.note is not None:
         warnings.warn(f"model {name!r}: {loaded.note}", LorakinWarning, stacklevel=2)
     return loaded
 
 
 def load(
-    name: str, dtype: str, labels: Sequence[str] | None, quantize: str | None, cls: Any
+    name: str,
+    dtype: str,
+    labels: Sequence[str] | None,
+    quantize: str | None,
+    cls: Any,
+    auto: str | None = None,
 ) -> Loaded:
     """Loads a model as `load_model` does, without the warning that says what is in `note`."""
     with waiting(f"loading {name}"):
-        return _load(name, dtype, labels, quantize, cls)
+        return _load(name, dtype, labels, quantize, cls, auto)
 
 
 def _load(
-    name: str, dtype: str, labels: Sequence[str] | None, quantize: str | None, cls: Any
+    name: str,
+    dtype: str,
+    labels: Sequence[str] | None,
+    quantize: str | None,
+    cls: Any,
+    auto: str | None,
 ) -> Loaded:
-    auto = cls or _auto_class(labels)
     chosen = resolve_dtype(dtype, classification=labels is not None)
     source, task = source_of(name), task_settings(labels)
     options: dict[str, Any] = {**REPORT, "dtype": DTYPES.get(chosen, "auto")}
@@ -92,19 +105,21 @@ def _load(
     size = _size(source)
     with loading.as_model_error(f"model {name!r} cannot be loaded"):
         stored_config = loading.config(source)
+        loads = cls or getattr(transformers, auto or _auto_class(labels, stored_config))
         if quantisation_config is not None:
             config = quantisation_config(
-                DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task)
+                DTYPES.get(chosen, torch.bfloat16), _new_modules(loads, source, task)
             )
             options |= {"quantization_config": config, "device_map": {"": best_device()}}
         with loading.limited_size(*size):
-            model, loading_info = loading.model(auto, source, **options, **task)
+            model, loading_info = loading.model(loads, source, **options, **task)
         tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
         if tokenizer is not None:
             tokenizer_fingerprint.remember(model, tokenizer)
 
     is_language_model = labels is None and cls is None
-    if is_language_model and getattr(model.config, "is_encoder_decoder", False):
+    is_causal = loads is transformers.AutoModelForCausalLM
+    if is_causal and getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
             f"model {name!r} says is_encoder_decoder, and a {type(model).__name__} has no encoder "
             "beside it; if the config is wrong, leave the key out"
@@ -115,7 +130,8 @@ def _load(
         raise incomplete(name, missing, model)
     note = None
     if labels is not None:
-        note = heads.fit(model, heads.named_classes(stored_config), labels, mismatched)
+        stored = heads.named_classes(stored_config, loads.__name__.removeprefix("AutoModel"))
+        note = heads.fit(model, stored, labels, mismatched)
     if labels is not None and tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     where = str(Path(name).resolve()) if Path(name).exists() else name
@@ -127,10 +143,10 @@ def _load(
     return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh, note)
 
 
-def _auto_class(labels: Sequence[str] | None) -> Any:
-    if labels is None:
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForSequenceClassification
+def _auto_class(labels: Sequence[str] | None, config: Any) -> str:
+    if labels is not None:
+        return "AutoModelForSequenceClassification"
+    return "AutoModelForSeq2SeqLM" if is_seq2seq(config) else "AutoModelForCausalLM"
 
 
 def _check(

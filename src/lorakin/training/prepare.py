@@ -81,11 +81,11 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task)
     check_meant(recipe, rows)
     train_rows, held_rows = _held_out(recipe, rows)
-    task = task_for(rows, recipe.labels)
+    task = task_for(rows, recipe.labels, config_of(recipe.model))
     show_rows(console, rows, held_rows)
 
     torch.manual_seed(recipe.seed)  # a classifier's new head is drawn while loading
-    loaded = load_model(recipe.model, recipe.dtype, task.labels, recipe.quantize)
+    loaded = load_model(recipe.model, recipe.dtype, task.labels, recipe.quantize, auto=task.auto)
     if recipe.fuse:
         fuse(loaded.model)
     wanted = recipe.max_length
@@ -190,7 +190,7 @@ def check_meant(recipe: Recipe, rows: DataRows) -> None:
         DataError: the recipe says neither a format nor labels.
     """
     explicit = recipe.format, recipe.labels, recipe.task
-    if not rows.is_classification or any(setting is not None for setting in explicit):
+    if not rows.has_labels or any(setting is not None for setting in explicit):
         return
     kinds = getattr(config_of(recipe.model), "architectures", None) or ()
     if any(str(kind).endswith(LANGUAGE_MODELS) for kind in kinds):
@@ -206,9 +206,9 @@ def _held_out(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
     """Returns the rows to train on and the rows to evaluate on."""
     if recipe.eval_data is None:
         return reading.split(rows, recipe.holdout, recipe.seed)
-    task = rows.task if rows.is_classification else None
+    task = rows.task if rows.has_labels else None
     held_out = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format, task)
-    if held_out.is_classification != rows.is_classification:
+    if held_out.task != rows.task:
         raise DataError(
             f"{recipe.eval_data} has format {held_out.formats[0]}, "
             f"but {rows.name} has {rows.formats[0]}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.training import data_files, formats
-from lorakin.training.contents import Content, Conversation, PlainText
+from lorakin.training.contents import Content, Conversation, PlainText, Tagged
 from lorakin.training.formats import FORMATS, PREFERENCES, Format
 from lorakin.training.reading import mapped, row_in_message
 
@@ -123,6 +123,8 @@ def _without_answer(content: Content) -> Conversation | PlainText:
             raise DataError("no message asks anything")
         messages, learned = content.messages[:last], content.learned[:last]
         return dataclasses.replace(content, messages=messages, learned=learned)
+    if isinstance(content, Tagged):
+        raise DataError("it has words and tags, and no prompt")
     text = content.prompt or content.answer if isinstance(content, PlainText) else content.text
     if not text.strip():
         raise DataError("the prompt is empty")

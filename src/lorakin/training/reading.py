@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,110 +13,21 @@ from typing import Any
 from lorakin.errors import DataError
 from lorakin.training import data_files, formats
 from lorakin.training.contents import (
-    Content,
     Labelled,
-    label_text,
-    listed,
-    short_json,
     unpacked,
 )
-from lorakin.training.formats import CLASSIFICATION, LANGUAGE, MULTI_LABEL, REGRESSION, Format
+from lorakin.training.formats import (
+    CLASSIFICATION,
+    LANGUAGE,
+    MULTI_LABEL,
+    REGRESSION,
+    SEQ2SEQ,
+    TOKEN_CLASSIFICATION,
+)
+from lorakin.training.records import Record, Source, is_fraction
 
 HOLDOUT_LIMIT = 256
 """The most rows that are held out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A file or hub data set: its name, its format, and the names of its classes, if it has any."""
-
-    name: str
-    format: Format
-    label_names: list[str] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A row: its source, its number there (from 1), its columns, and what it says."""
-
-    source: Source
-    number: int
-    values: Mapping[str, Any]
-    content: Content
-
-    @property
-    def where(self) -> str:
-        """The row's place, for messages."""
-        return f"{self.source.name}, row {self.number}"
-
-    def label(self) -> str:
-        """Returns the name of the row's class.
-
-        Raises:
-            DataError: it has none.
-        """
-        value = self.content.label if isinstance(self.content, Labelled) else None
-        names = self.source.label_names
-        if names is not None:
-            if not isinstance(value, int) or not 0 <= value < len(names):
-                raise DataError(
-                    f"{self.where}: label {value!r} is none of the classes 0 to {len(names) - 1}; "
-                    "remove such rows"
-                )
-            return names[value]
-        if not isinstance(value, str | int | float) or value != value or not _is_class(value):
-            raise DataError(
-                f"{self.where}: label {repr(value)[:80]} is not a class; expected text or whole "
-                "numbers"
-            )
-        return label_text(value)
-
-    def number_label(self) -> float:
-        """Returns the row's label as a number.
-
-        Raises:
-            DataError: it is none.
-        """
-        value = self.content.label if isinstance(self.content, Labelled) else None
-        try:
-            number = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise DataError(
-                f"{self.where}: label {short_json(value)} is not a number, which regression "
-                "learns; for classes say --task classification"
-            )
-        return number
-
-    def label_set(self) -> list[str]:
-        """Returns the names of the row's classes.
-
-        Raises:
-            DataError: its label is not a list of classes.
-        """
-        value = self.content.label if isinstance(self.content, Labelled) else None
-        names = self.source.label_names
-        labels = listed(value, "label")
-        if names is not None and all(isinstance(n, int) and 0 <= n < len(names) for n in labels):
-            labels = [names[n] for n in labels]
-        if wrong := [v for v in labels if not isinstance(v, str | int | float) or not _is_class(v)]:
-            raise DataError(f"{self.where}: label {short_json(wrong[0])} is not a class")
-        return [label_text(label) for label in labels]
-
-
-def _is_fraction(value: Any) -> bool:
-    """Returns whether a label is a number, or the text of one, that is not whole."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return False
-    return isinstance(value, float) and math.isfinite(value) and not float(value).is_integer()
-
-
-def _is_class(value: str | int | float) -> bool:
-    return not isinstance(value, float) or (float(value).is_integer() and abs(value) < 2**53)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,18 +61,25 @@ class DataRows:
         """Whether each row is a text, or a pair of texts, and its label."""
         return self.formats == [CLASSIFICATION]
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether the rows hold classes or numbers, and not answers in words."""
+        return self.is_classification or self.formats == [TOKEN_CLASSIFICATION]
+
     @cached_property
     def task(self) -> str:
         """The word of the task that the rows are for: the user's, or what their labels are."""
         if self.chosen_task is not None:
             return self.chosen_task
-        if not self.is_classification:
+        if not self.has_labels:
             return LANGUAGE
+        if not self.is_classification:
+            return TOKEN_CLASSIFICATION
         labels = [r.content.label for r in self.records if isinstance(r.content, Labelled)]
         if any(isinstance(unpacked(label), list) for label in labels):
             return MULTI_LABEL
         named = any(record.source.label_names for record in self.records)
-        is_number = not named and any(_is_fraction(label) for label in labels)
+        is_number = not named and any(is_fraction(label) for label in labels)
         return REGRESSION if is_number else CLASSIFICATION
 
     def labels(self) -> list[str]:
@@ -176,8 +93,9 @@ class DataRows:
         by_source = {record.source.name: record.source.label_names for record in self.records}
         if named := [names for names in by_source.values() if names is not None]:
             return list(dict.fromkeys(name for names in named for name in names))
-        if self.task == MULTI_LABEL:
-            found = {label for record in self.records for label in record.label_set()}
+        if self.task in (MULTI_LABEL, TOKEN_CLASSIFICATION):
+            names_of = Record.tags if self.task == TOKEN_CLASSIFICATION else Record.label_set
+            found = {label for record in self.records for label in names_of(record)}
             return sorted(found, key=lambda label: (int(label) if label.isdigit() else -1, label))
         labels = {record.label() for record in self.records}
         if len(labels) < 2:
@@ -216,7 +134,7 @@ def read_rows(
         raise DataError(f"format must be one of {', '.join(formats.NAMES)}, not {layout!r}")
     names = [names] if isinstance(names, str) else names
     parts = [_read_one(name, columns or {}, layout) for name in names]
-    if len({part.is_classification for part in parts}) > 1:
+    if len({part.formats[0] if part.has_labels else LANGUAGE for part in parts}) > 1:
         kinds = "; ".join(f"{part.name} has format {part.formats[0]}" for part in parts)
         raise DataError(f"data of a classifier and of a language model cannot be mixed: {kinds}")
     unused: collections.Counter[str] = collections.Counter()
@@ -229,7 +147,7 @@ def read_rows(
         task,
         unused,
     )
-    if task not in (None, LANGUAGE) and not rows.is_classification:
+    if task not in (None, LANGUAGE, SEQ2SEQ) and not rows.has_labels:
         wanted = "; ".join(f"{one}, label" for one in ("text", "sentence1, sentence2"))
         raise DataError(
             f"--task {task} needs rows with a label ({wanted}), but {rows.name} has format "

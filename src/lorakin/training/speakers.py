@@ -11,7 +11,8 @@ from typing import Any
 
 from lorakin.errors import DataError, SettingError
 from lorakin.switching import activate, adapters
-from lorakin.training.contents import Conversation, PlainText
+from lorakin.training.base_class import is_seq2seq
+from lorakin.training.contents import Conversation, PlainText, text_of
 from lorakin.training.encoding import Encoder
 from lorakin.training.endings import end_of_turn_text, stop_ids
 from lorakin.training.limits import position_count
@@ -87,7 +88,7 @@ class Speaker:
         Raises:
             DataError: a system message without a chat template.
         """
-        if system is None:
+        if system is None and not is_seq2seq(self.model.config):
             return self.encoder.prompt(text)
         return self.ids(with_system(PlainText(text, ""), system))
 
@@ -97,6 +98,9 @@ class Speaker:
         Raises:
             DataError: a conversation without a chat template.
         """
+        if is_seq2seq(self.model.config):
+            ids: list[int] = self.tokenizer(text_for_encoder(content))["input_ids"]
+            return ids
         if isinstance(content, PlainText):
             if self.encoder.takes_template(content.prompt):
                 return self.encoder.prompt(content.prompt)
@@ -113,6 +117,19 @@ class Speaker:
         """Makes this speaker's adapter the only active one in the model."""
         if self.switches and adapters(self.model):
             activate(self.model, [] if self.adapter is None else self.adapter)
+
+
+def text_for_encoder(content: Conversation | PlainText) -> str:
+    """Returns what the encoder of a model such as T5 reads.
+
+    Raises:
+        DataError: it is more than one prompt.
+    """
+    if isinstance(content, PlainText):
+        return content.prompt
+    if [message["role"] for message in content.messages] != ["user"]:
+        raise DataError("an encoder reads one prompt, and this is a conversation")
+    return text_of(content.messages[0]["content"], "content")
 
 
 def with_system(content: Conversation | PlainText, system: str | None) -> Conversation | PlainText:

@@ -49,6 +49,7 @@ def load_with_adapter(
         return load_model(name, dtype, labels, quantize)
     # Read once, so that all of it is of one save.
     files = directory.read(hub.adapter_directory(adapter)) if isinstance(adapter, str) else adapter
+    any_head = any_head or files.config.get("task_type") in ("SEQ_2_SEQ_LM", "TOKEN_CLS")
     if any_head:
         kind = kind_for(files, config_of(name), labels or recipe_labels(files))
     else:

@@ -44,6 +44,10 @@ class Language(Task):
     def loss(self) -> Loss | None:
         return answer_loss
 
+    def row_losses(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the summed loss and the number of labelled tokens of each row, both (rows,)."""
+        return row_losses(outputs, labels), (labels[:, 1:] != IGNORED).sum(1)
+
     @torch.no_grad()
     def evaluate(
         self,
@@ -64,8 +68,9 @@ class Language(Task):
             for batch in tracked(batches, "evaluating", len(batches)):
                 batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
                 labels = batch.pop("labels")
-                totals.append(row_losses(model(**batch), labels))
-                counts.append((labels[:, 1:] != IGNORED).sum(1))
+                losses, numbers = self.row_losses(model(**batch), labels)
+                totals.append(losses)
+                counts.append(numbers)
         back = np.argsort(order)
         by_row = torch.cat(totals).double().cpu().numpy()[back]
         tokens = torch.cat(counts).cpu().numpy()[back]

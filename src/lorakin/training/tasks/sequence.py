@@ -23,7 +23,8 @@ from lorakin.training.batches import Row
 from lorakin.training.contents import Labelled
 from lorakin.training.encoding import Encoded
 from lorakin.training.metrics import figures, mean_interval
-from lorakin.training.reading import DataRows, Record
+from lorakin.training.reading import DataRows
+from lorakin.training.records import Record
 from lorakin.training.tasks.task import Collator, Evaluation, Loss, RowAnswers, Task
 from lorakin.waiting import tracked
 
@@ -33,6 +34,7 @@ class SequenceTask(Task):
     """What the tasks of transformers' `…ForSequenceClassification` have in common."""
 
     labels: list[str]
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
 
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:
         examples = []

@@ -104,6 +104,8 @@ class Task(abc.ABC):
 
     word: ClassVar[str]
     """What `--task` calls it."""
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of transformers that loads its models."""
     unit: ClassVar[str] = "rows"
     """Of what the loss is a mean."""
     metrics: ClassVar[tuple[str, ...]] = ()

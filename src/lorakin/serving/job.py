@@ -17,6 +17,7 @@ from lorakin.storage import directory
 from lorakin.switching import adapters
 from lorakin.training.base_class import BaseClass, kind_for
 from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import encode
 from lorakin.training.limits import check_rows, position_count
 from lorakin.training.models import Loaded, config_of
 from lorakin.training.reading import read_rows
@@ -118,10 +119,11 @@ class ExportJob:
                 f"--data holds text, and {self.name} has no tokenizer to read it with"
             )
         length = min(LENGTH, position_count(loaded.model) or LENGTH)
-        task = task_of_model(rows, loaded.model)
-        if task.labels is None:
+        if rows.has_labels:
+            encoded = task_of_model(rows, loaded.model).encode(rows, loaded.tokenizer, length)
+        else:  # prompts with their answers, also where an encoder would read the prompts alone
             use_template(loaded.tokenizer, True, rows)
-        encoded = task.encode(rows, loaded.tokenizer, length)
+            encoded = encode(rows, loaded.tokenizer, length)
         check_rows(encoded.examples, loaded, encoded.where, rows.name)
         return encoded.examples
 

@@ -1,4 +1,5 @@
-"""Generating by our own settings: of a model's generation_config.json only the stop ids count.
+"""Generating by our own settings: of a model's generation_config.json only the ids count that start
+and stop an answer.
 
 The rest of that file is for people who know the model: beams, penalties, biases, other outputs.
 Which of it transformers takes differs by version, and what it does not take fails midway.
@@ -19,9 +20,13 @@ from lorakin.errors import ModelError
 
 @contextlib.contextmanager
 def with_settings(model: Any, **settings: Any) -> Iterator[None]:
-    """Lets `model.generate` use these settings alone, without the model's own."""
+    """Lets `model.generate` use these settings alone, and the id that starts the model's decoder."""
     before = model.generation_config
-    model.generation_config = transformers.GenerationConfig(**settings)
+    start = getattr(before, "decoder_start_token_id", None)
+    start = getattr(model.config, "decoder_start_token_id", None) if start is None else start
+    model.generation_config = transformers.GenerationConfig(
+        decoder_start_token_id=start, **settings
+    )
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from lorakin.errors import ModelError
 
 @contextlib.contextmanager
 def with_settings(model: Any, **settings: Any) -> Iterator[None]:
-    """Lets `model.generate` use these settings alone, and the id that starts the model's decoder."""
+    """Lets `model.generate` use these settings alone, and the id that starts its decoder."""
     before = model.generation_config
     start = getattr(before, "decoder_start_token_id", None)
     start = getattr(model.config, "decoder_start_token_id", None) if start is None else start

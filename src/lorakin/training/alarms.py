@@ -97,10 +97,11 @@ def repeated(train: Iterable[Row], held_out: Sequence[Row]) -> int:
     >>> repeated([row], [row, {"input_ids": [3], "labels": [3]}])
     1
     """
-    seen = {_key(example) for example in train}
-    return sum(_key(example) in seen for example in held_out)
+    seen = {row_key(example) for example in train}
+    return sum(row_key(example) in seen for example in held_out)
 
 
-def _key(example: Row) -> tuple[Any, ...]:
+def row_key(example: Row) -> tuple[Any, ...]:
+    """Returns what two examples have in common exactly if they are the same, token by token."""
     labels = example["labels"]
     return tuple(example["input_ids"]), tuple(labels) if isinstance(labels, list) else labels

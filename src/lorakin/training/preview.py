@@ -1,0 +1,155 @@
+"""What `lorakin train` would make of a data set, without the model's weights: `lorakin data`."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text as RichText
+
+from lorakin.training import limits, reading
+from lorakin.training.alarms import repeated, row_key
+from lorakin.training.batches import Row
+from lorakin.training.chat_templates import use_template
+from lorakin.training.models import config_of, load_tokenizer
+from lorakin.training.recipe import Recipe
+from lorakin.training.tasks import Task, task_for
+from lorakin.training.token_labels import IGNORED
+
+BINS = 8
+SHOWN = 3
+"""How many examples are shown: the shortest, one of median length, and the longest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A data set as training would see it.
+
+    Attributes:
+        name: the data's.
+        summary: how many rows of which format, and the classes.
+        task: what would be learned.
+        unused: what no format reads, in words; None if there is nothing.
+        lengths: tokens of each row that is learned.
+        max_length: tokens at which rows are cut.
+        learned: how many tokens, or rows with a label, the loss is on.
+        dropped: rows without anything to learn.
+        cut: rows whose last answer does not end within the length.
+        doubled: rows that stand there before, token by token.
+        held_out: rows that would be held out, and how many of them are trained on, too.
+        examples: some rows as the model would see them.
+    """
+
+    name: str
+    summary: str
+    task: str
+    unused: str | None
+    lengths: list[int]
+    max_length: int
+    learned: int
+    dropped: int
+    cut: int
+    doubled: int
+    held_out: tuple[int, int]
+    examples: list[RichText]
+
+    def quantiles(self) -> tuple[int, int, int, int]:
+        """Returns the shortest, median, 95th percentile and longest row, in tokens."""
+        ordered = sorted(self.lengths)
+        high = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+        return ordered[0], int(statistics.median(ordered)), high, ordered[-1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it for `--json`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names = ("shortest", "median", "percentile_95", "longest")
+        return fields | {
+            "rows": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "lengths": dict(zip(names, self.quantiles(), strict=True)),
+            "held_out": {"rows": self.held_out[0], "trained_on": self.held_out[1]},
+            "examples": [example.plain for example in self.examples],
+        }
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Reads and tokenises a recipe's data as training would; the model's weights are not loaded.
+
+    Args:
+        recipe: its model, data and how they are read; nothing is written to its `out`.
+
+    Raises:
+        LorakinError: the data cannot be read or does not suit the model.
+    """
+    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task)
+    config = config_of(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    task = task_for(rows, recipe.labels, config)
+    if task.labels is None:
+        use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
+    length = limits.row_length(limits.position_count_of_config(config), recipe.max_length)
+    options = {"loss_on": recipe.loss_on}
+
+    train_rows, held_rows = reading.split(rows, recipe.holdout, recipe.seed)
+    if recipe.eval_data is not None:
+        named = rows.task if rows.has_labels else None
+        held = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format, named)
+        train_rows, held_rows = rows, held
+    train, held_out = (
+        task.encode(part, tokenizer, length, **options) for part in (train_rows, held_rows)
+    )
+    # Without --eval-data the rows that are held out are rows of this data too.
+    parts = [train] if recipe.eval_data is not None else [train, held_out]
+    examples: list[Row] = [example for part in parts for example in part.examples]
+    counts = Counter(row_key(example) for example in examples)
+    return Preview(
+        rows.name,
+        reading.summary(rows),
+        task.word,
+        reading.unused(rows),
+        [len(example["input_ids"]) for example in examples],
+        length,
+        sum(_learned(example) for example in examples),
+        sum(part.dropped for part in parts),
+        sum(part.cut for part in parts),
+        sum(count - 1 for count in counts.values()),
+        (len(held_out.examples), repeated(train.examples, held_out.examples)),
+        _shown(task, examples, tokenizer),
+    )
+
+
+def _learned(example: Row) -> int:
+    labels = example["labels"]
+    return sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
+
+
+def _shown(task: Task, examples: Sequence[Row], tokenizer: Any) -> list[RichText]:
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    places = dict.fromkeys((0, len(ordered) // 2, len(ordered) - 1))
+    return [task.rendered(ordered[place], tokenizer) for place in places]
+
+
+def histogram(lengths: Sequence[int], max_length: int) -> list[tuple[str, int]]:
+    """Returns how many rows have how many tokens: (range, count); the last range is what is cut.
+
+    >>> histogram([1, 2, 2, 9], max_length=100)
+    [('1–2', 3), ('3–4', 0), ('5–6', 0), ('7–8', 0), ('9', 1)]
+    """
+    shortest, longest = min(lengths), max(lengths)
+    step = max(1, -(-(longest - shortest + 1) // BINS))
+    bins = []
+    for start in range(shortest, longest + 1, step):
+        end = min(start + step - 1, longest)
+        count = sum(start <= length <= end for length in lengths)
+        full = " (the most that is read)" if end >= max_length else ""
+        bins.append((f"{start}–{end}{full}" if end > start else f"{start}{full}", count))
+    return bins
+
+
+def recipe_for(model: str, data: Sequence[str], **fields: Any) -> Recipe:
+    """Returns the recipe of a run that is only looked at."""
+    return Recipe(model=model, data=list(data), out=str(Path("unused")), **fields)

@@ -79,6 +79,26 @@ def test_the_history_is_sent_as_transformers_sends_it(
         messages.append({"role": "assistant", "content": reply})
 
 
+def test_a_turn_computes_only_what_is_new(model_dir: str, folders: list[str]) -> None:
+    said = Said(model_dir, folders[:1])
+    lengths: list[int] = []
+    hook = lambda module, args, given: lengths.append(given["input_ids"].shape[1])  # noqa: E731
+    said.chat.base.model.register_forward_pre_hook(hook, with_kwargs=True)
+    for line, is_whole in (
+        ("the cat", True),
+        ("a", False),
+        ("/base", None),
+        ("who", True),
+        ("a", False),
+    ):
+        asked = [*said.chat.messages, {"role": "user", "content": line}]
+        prompt = said.chat._request(said.chat.speaker, asked).ids
+        lengths.clear()
+        said.say(line)
+        assert is_whole is None or (lengths[0] == len(prompt)) == is_whole
+        assert is_whole is not False or lengths[0] <= len(prompt) - 9
+
+
 def test_the_adapter_is_switched_off_on_and_for_another(model_dir: str, folders: list[str]) -> None:
     said = Said(model_dir, folders)
     asked = [{"role": "user", "content": "the cat"}]

@@ -110,7 +110,6 @@ def _parameters(name: str, grouped: bool) -> Iterator[inspect.Parameter]:
     flag = "--" + name.replace("_", "-")
     flags = list(option.names or [flag])
     if name == TEMPLATE or kind is bool:
-        yield _no(name, panel)
         kind = str if name == TEMPLATE else bool
     elif name in READERS or typing.get_origin(kind) is dict:
         kind = list[str]
@@ -125,6 +124,8 @@ def _parameters(name: str, grouped: bool) -> Iterator[inspect.Parameter]:
         autocompletion=(lambda: words) if words else None,
     )
     yield _parameter(name, kind | None, typer_option, None)
+    if name == TEMPLATE or kind is bool:
+        yield _no(name, panel)
 
 
 def _no(name: str, panel: str | None) -> inspect.Parameter:

@@ -17,6 +17,7 @@ from lorakin.errors import DataError, OutputError, SettingError
 from lorakin.storage import files, paths
 from lorakin.training.contents import Conversation, PlainText
 from lorakin.training.generate import Request, answers, check_generates, generated, request_for
+from lorakin.training.kept_cache import KeptCache
 from lorakin.training.limits import check_prompt
 from lorakin.training.prompts import Prompt
 from lorakin.training.sampling import Sampling
@@ -68,6 +69,7 @@ class Chat:
         self.has_ended = False
         self._last_adapter = self.speaker
         self._noted: set[str] = set()
+        self._kept = KeptCache()
         if system is not None:
             self.set_system(system)
 
@@ -93,7 +95,7 @@ class Chat:
         request = self._request(self.speaker, [*self.messages, question])
         streamer = Streamer(self.speaker.tokenizer, self.speaker.stops(self.sampling), self.show)
         with Interruption() as interruption:
-            reply = generated([request], self.sampling, streamer, [interruption])[0]
+            reply = generated([request], self.sampling, streamer, [interruption], self._kept)[0]
         if interruption.is_asked:
             self.note("(stopped)")
         if reply:

@@ -16,6 +16,7 @@ from lorakin.errors import ModelError, SettingError
 from lorakin.switching import mixed_batch
 from lorakin.training.base_class import is_seq2seq
 from lorakin.training.generation_settings import StopAtNaN, with_settings
+from lorakin.training.kept_cache import KeptCache
 from lorakin.training.limits import check_prompt, check_rows
 from lorakin.training.models import Loaded
 from lorakin.training.prompts import Prompt
@@ -150,6 +151,7 @@ def generated(
     sampling: Sampling,
     streamer: Any = None,
     stopping: Sequence[transformers.StoppingCriteria] = (),
+    kept: KeptCache | None = None,
 ) -> list[str]:
     """Returns the answers to requests of one group, in one batch.
 
@@ -158,19 +160,16 @@ def generated(
         sampling: how tokens are chosen.
         streamer: gets the tokens of a single answer while they come.
         stopping: what else ends the answers.
+        kept: what was computed before, for one request.
     """
     speaker, longest = requests[0].speaker, requests[0].longest
     model, tokenizer = speaker.model.eval(), speaker.tokenizer
     ends, texts = list(speaker.ends), list(speaker.stops(sampling))
     pad = next((one for one in (tokenizer.pad_token_id, *ends) if one is not None), 0)
-    width = max(len(request.ids) for request in requests)
-    missing = [width - len(request.ids) for request in requests]
-    rows = [[pad] * n + r.ids for n, r in zip(missing, requests, strict=True)]
-    mask = [[0] * n + [1] * (width - n) for n in missing]
+    # An encoder counts positions from the left, and the answer does not follow the prompt.
     has_encoder = is_seq2seq(model.config)
-    if has_encoder:  # an encoder counts positions from the left, and the answer does not follow
-        rows = [r.ids + [pad] * n for n, r in zip(missing, requests, strict=True)]
-        mask = [row[::-1] for row in mask]
+    rows, mask = _padded(requests, pad, to_the_right=has_encoder)
+    kept = None if has_encoder else kept
 
     used = [request.speaker.adapter for request in requests]
     if len(set(used)) == 1:
@@ -179,6 +178,11 @@ def generated(
     processors = [StopAtNaN(speaker.loaded.name), *sampling.processors(numbers)]
     # Draws are Gumbel noise on the logits, whose largest sum is then taken.
     settings = {"eos_token_id": ends or None, "pad_token_id": pad, "do_sample": False}
+    cached: dict[str, Any] = {}
+    if kept is not None:
+        cache = kept.take(speaker, rows[0])
+        cached = {"past_key_values": cache} if cache is not None else {}
+        settings["return_dict_in_generate"] = True
     with with_settings(model, **settings), _mixed(model, used):
         out = model.generate(
             input_ids=torch.tensor(rows, device=model.device),
@@ -189,9 +193,26 @@ def generated(
             logits_processor=transformers.LogitsProcessorList(processors),
             stopping_criteria=transformers.StoppingCriteriaList(stopping),
             streamer=streamer,
+            **cached,
         )
-    answered = out[:, 1:] if has_encoder else out[:, width:]
+    if kept is not None:
+        kept.keep(speaker, out.sequences[0].tolist(), out.past_key_values)
+        out = out.sequences
+    answered = out[:, 1:] if has_encoder else out[:, len(rows[0]) :]
     return [_text(row, speaker, sampling) for row in answered.tolist()]
+
+
+def _padded(
+    requests: Sequence[Request], pad: int, to_the_right: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns the tokens of prompts, padded to one length, and the attention mask."""
+    width = max(len(request.ids) for request in requests)
+    missing = [width - len(request.ids) for request in requests]
+    if to_the_right:
+        rows = [r.ids + [pad] * n for n, r in zip(missing, requests, strict=True)]
+        return rows, [[1] * (width - n) + [0] * n for n in missing]
+    rows = [[pad] * n + r.ids for n, r in zip(missing, requests, strict=True)]
+    return rows, [[0] * n + [1] * (width - n) for n in missing]
 
 
 def _text(row: list[int], speaker: Speaker, sampling: Sampling) -> str:

@@ -40,7 +40,7 @@ from lorakin.kernels.weight_source import Weight, WeightSource, kept_form
 
 LEAST_DIVISOR = 2**-4
 """A gain below this leaves too few digits in the output to divide by it."""
-NO_ZERO = 1e-30
+NO_ZERO = 1e-20
 """Added to a gain in float32, it changes nothing but 0."""
 
 
@@ -177,8 +177,9 @@ class LinearWithPair(torch.autograd.Function):
     The gain's gradient is Σ δ ⊙ (y − b)/g. So the output is kept, which the next layer often keeps
     too. A small gain leaves too few digits in y − b. A CPU then computes again what the gain
     multiplied; a GPU, which would have to wait to learn that a gain is small, keeps it instead of
-    the output where there is a bias. Without a bias the division is as accurate for a small gain as
-    for a large one; only a gain of exactly 0 has no gradient on a GPU.
+    the output where there is a bias. Without a bias a GPU multiplies by the gain itself, not by
+    what is left of g − 1 in a narrow dtype, and by `NO_ZERO` instead of 0. So the division is as
+    accurate for a small gain as for a large one, down to what float16 can hold.
     """
 
     @staticmethod
@@ -198,17 +199,22 @@ class LinearWithPair(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         hidden = rows @ down.T if drop is None else drop.product(rows, down)
 
-        ctx.keeps_multiplied = needs_gain and bias is not None and x.device.type != "cpu"
+        on_gpu = x.device.type != "cpu"
+        ctx.keeps_multiplied = needs_gain and bias is not None and on_gpu
         bias_in_product = None if ctx.keeps_multiplied else bias
         y = adapted_product(x, weight, bias_in_product, hidden, up, ctx.scale)
         kept = gain_minus_one = None
-        if gain is not None:
+        if gain is not None and not (needs_gain and on_gpu and bias is None):
             gain_minus_one = minus_one(gain, weight.dtype)
         if ctx.keeps_multiplied:
             assert bias is not None and gain_minus_one is not None
             kept, y = y, torch.addcmul(y + bias, y, gain_minus_one)
-        elif gain_minus_one is not None:
-            _multiply(y, gain_minus_one, bias)
+        elif gain is not None:
+            if gain_minus_one is None:
+                gain = gain + NO_ZERO
+                y.mul_(gain)
+            else:
+                _multiply(y, gain_minus_one, bias)
             if needs_gain:
                 kept, ctx.was_overwritten = _alias_without_version(y)
 
@@ -246,8 +252,10 @@ class LinearWithPair(torch.autograd.Function):
                 weight = ctx.unpack(stored)
                 multiplied, offset = (rows() @ weight.T).addmm_(hidden, up.T, alpha=scale), None
             else:
-                # Where a gain is 0, so is the sum.
-                multiplied, offset, divisor = kept, bias, gain + NO_ZERO
+                # A GPU's gain has no zero any more. On a CPU no gain is small.
+                multiplied, offset, divisor = kept, bias, gain
+            if gain_minus_one is None:
+                gain_minus_one = minus_one(gain, delta.dtype)
             for_gain, delta = gain_gradient(
                 delta, multiplied.view(delta.shape), offset, gain_minus_one, gain.dtype
             )

@@ -23,6 +23,7 @@ from lorakin.cli import (
     export,
     generate,
     inspect,
+    lr_find,
     merge,
     methods,
     plan,
@@ -56,6 +57,7 @@ app = typer.Typer(
 for module in (
     train,
     plan,
+    lr_find,
     compare,
     data,
     generate,
@@ -71,7 +73,7 @@ for module in (
     doctor,
     demo,
 ):
-    name = module.__name__.rpartition(".")[2]
+    name = module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(name, help=flowing(module.command.__doc__), epilog=module.EXAMPLES)(
         with_verbosity(module.command)
     )

@@ -82,6 +82,7 @@ def trainer_of(
     run: PreparedRun,
     held_out: Callable[[int], Mapping[str, float]],
     callbacks: list[transformers.TrainerCallback],
+    kind: Callable[..., AdapterTrainer] = AdapterTrainer,
 ) -> AdapterTrainer:
     """Returns the Trainer of a run.
 
@@ -89,10 +90,11 @@ def trainer_of(
         run: what `prepare` made.
         held_out: returns the held-out figures at a step, named as in the metrics.
         callbacks: callbacks that watch the run.
+        kind: what makes it.
     """
     if run.recipe.gradient_checkpointing:
         checkpoint_activations(run.loaded.model)
-    trainer = AdapterTrainer(
+    trainer = kind(
         run.adapter,
         held_out,
         model=run.loaded.model,

@@ -190,9 +190,17 @@ def test_the_command_in_two_processes(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert one.returncode == 0, one.stderr
-    two = launch(
-        "-m", "lorakin", *words, "--batch-size", "4", "--out", str(tmp_path / "two"), "--json"
+    # As on a machine with two GPUs, which the processes then do not find.
+    pretended = "import sys; from lorakin.training import launching; from lorakin.cli import main; "
+    pretended += "launching.available = lambda: 2; sys.exit(main())"
+    words += ["--gpus", "2", "--batch-size", "4", "--out", str(tmp_path / "two"), "--json"]
+    two = subprocess.run(
+        [sys.executable, "-c", pretended, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
+    assert two.returncode == 0, two.stderr[-6000:]
     first, second = json.loads(one.stdout), json.loads(two.stdout)  # said once
     assert second["after"]["loss"] == pytest.approx(first["after"]["loss"], abs=1e-4)
     assert second["trainable_parameters"] == first["trainable_parameters"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from lorakin.cli.recipe_options import ALL_FIELDS, recipe_options
 from lorakin.cli.verbosity import messages_on
 from lorakin.terminal import Terminal, labelled
 from lorakin.terminal import command as shell_command
-from lorakin.training.recipe_option import OUTPUT
+from lorakin.training.recipe_option import DEVICES, OUTPUT
 
 if TYPE_CHECKING:
     from lorakin.training.train import Result
@@ -26,11 +27,34 @@ EXAMPLES = examples(
     "lorakin train --model org/model --data rows.jsonl --quantize nf4 --gradient-checkpointing "
     "--out adapter",
     "lorakin train recipe.yaml --lr 1e-4 --out another",
+    "lorakin train --model org/model --data rows.jsonl --gpus all --fsdp --out adapter",
     "lorakin train --resume --out adapter",
 )
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Resume an interrupted run in --out.", rich_help_panel=OUTPUT),
+]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="N|all",
+        help="Train on so many GPUs, with a process on each.",
+        rich_help_panel=DEVICES,
+    ),
+]
+Fsdp = Annotated[
+    bool,
+    typer.Option("--fsdp", help="Shard the base over the GPUs (FSDP2).", rich_help_panel=DEVICES),
+]
+Zero = Annotated[
+    int | None,
+    typer.Option(
+        "--zero",
+        metavar="STAGE",
+        help="DeepSpeed's ZeRO, stage 1, 2 or 3; 3 shards the base over the GPUs.",
+        rich_help_panel=DEVICES,
+    ),
 ]
 
 
@@ -41,6 +65,9 @@ def command(
     ] = None,
     *,
     resume: Resume = False,
+    gpus: Gpus = None,
+    fsdp: Fsdp = False,
+    zero: Zero = None,
     as_json: Json = False,
     **flags: Any,
 ) -> None:
@@ -49,11 +76,13 @@ def command(
     The data's format (messages, sharegpt, alpaca, prompt/completion, squad, classification, text)
     is detected and shown. The effective recipe is saved with the adapter.
     """
-    from lorakin.training import processes
+    from lorakin.training import launching, processes
     from lorakin.training import train as training
     from lorakin.training.recipe_file import read_recipe
     from lorakin.training.run_directory import RECIPE, resumed_recipe
 
+    if (count := launching.wanted(gpus, fsdp, zero)) is not None:
+        raise typer.Exit(launching.launch(count, fsdp, zero, sys.argv[1:]))
     console = messages_on(as_json) if processes.is_first() else Terminal(quiet=True)
     effective = resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)
     try:

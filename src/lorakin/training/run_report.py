@@ -38,8 +38,7 @@ def show_run(run: PreparedRun) -> None:
     console.print(labelled("model  ", _model_line(run)))
     gpus = torch.cuda.device_count()
     if gpus > 1 and processes.count() == 1 and run.loaded.model.device.type == "cuda":
-        how = f"accelerate launch --num_processes {gpus} -m lorakin train … uses all"
-        console.print(labelled(f"1 of {gpus} GPUs", f" is used; {how}", "yellow"))
+        console.print(labelled(f"1 of {gpus} GPUs", " is used; --gpus all uses all", "yellow"))
     if twice := repeated(run.train.examples, run.held_out.examples):
         warn(
             console,

@@ -9,14 +9,16 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import transformers
 from rich.console import Console
 
 import lorakin as lk
 from lorakin.training import run_trainer
 from lorakin.training import train as training
-from lorakin.training.batches import AnswerCollator
+from lorakin.training.batches import AnswerCollator, answer_loss, class_loss, smoothed
 from lorakin.training.recipe import Recipe
+from lorakin.training.token_labels import IGNORED
 
 Make = Callable[..., Recipe]
 
@@ -99,3 +101,14 @@ def test_label_smoothing_of_classes(
                 columns={"text": "text", "label": "score"}, label_smoothing=0.1,
             )
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [class_loss, answer_loss])
+def test_smoothed_losses_are_those_of_the_label_smoother(loss: Callable[..., torch.Tensor]) -> None:
+    """Of transformers; a causal model's logits are one place before their labels."""
+    torch.manual_seed(0)
+    outputs = transformers.modeling_outputs.TokenClassifierOutput(logits=torch.randn(3, 5, 7))
+    labels = torch.randint(0, 7, (3, 5)).where(torch.rand(3, 5) < 0.6, IGNORED)
+    theirs = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.3, ignore_index=IGNORED)
+    expected = theirs(outputs, labels, shift_labels=loss is answer_loss)
+    assert smoothed(loss, 0.3)(outputs, labels) == pytest.approx(float(expected), rel=1e-6)

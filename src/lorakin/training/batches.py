@@ -142,6 +142,32 @@ def answer_loss(
     return total / count
 
 
+def class_loss(
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Returns the cross-entropy per label, in float32, where logits and labels have one shape.
+
+    Args:
+        outputs: a model's, with logits of the labels' shape, and of all classes.
+        labels: numbers of classes; `IGNORED` where there is none.
+        num_items_in_batch: by how many the sum is divided; by default the labels.
+        label_smoothing: the share of a label's probability that is spread over the classes.
+    """
+    labels = labels.to(outputs.logits.device)
+    total = torch.nn.functional.cross_entropy(
+        outputs.logits.float().flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / count
+
+
 def smoothed(loss: Callable[..., Tensor] | None, share: float) -> Callable[..., Tensor] | None:
     """Returns a loss with label smoothing, which transformers leaves to a loss of one's own.
 

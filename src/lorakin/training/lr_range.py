@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -179,11 +180,11 @@ def find_rate(
         )
         run = training.prepare(short, console)
         recording = Recording()
+        kind = functools.partial(RangeTrainer, highest)
         try:
-            kind = functools.partial(RangeTrainer, highest)
-            trainer_of(run, lambda step: {}, [recording], kind).train()
-        except DivergedError:
-            pass  # which is what the highest rates are there for
+            # The highest rates are there to diverge.
+            with contextlib.suppress(DivergedError):
+                trainer_of(run, lambda step: {}, [recording], kind).train()
         finally:
             run.directory_lock.release()
     return RangeTest(recording.rates, recording.losses)

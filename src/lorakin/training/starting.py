@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakin.adapter import Adapter
-from lorakin.errors import SettingError
+from lorakin.errors import SettingError, some
 from lorakin.family import Method, method_named
 from lorakin.loading import insert_document
 from lorakin.storage import directory, hub
@@ -16,7 +16,7 @@ from lorakin.storage.peft.reading import parsed_files
 from lorakin.training.chat_templates import TEMPLATE, remembered_template
 from lorakin.training.models import Loaded
 from lorakin.training.recipe import Recipe
-from lorakin.training.with_adapter import check_fits, labels_of
+from lorakin.training.with_adapter import check_fits, labels_of, recipe_labels
 
 OF_THE_PAIR = ("rank", "alpha", "dropout", "rslora")
 OF_THE_PLACES = (
@@ -80,18 +80,35 @@ class StartingAdapter:
             SettingError: the recipe says something else.
         """
         self.check(_given(recipe))
-        labels = labels_of(self.files)
-        if labels is not None and recipe.labels not in (None, labels):
-            raise SettingError(
-                f"--adapter {self.name} has the classes {', '.join(labels)}, and the recipe says "
-                f"{', '.join(recipe.labels or ())}: leave labels out"
-            )
+        labels = self._labels(recipe.labels)
         template = recipe.chat_template
         if template is True and remembered_template(self.files.path) is not None:
             template = str(self.files.path / TEMPLATE)
         decided: dict[str, Any] = {name: self.method.setting(name) for name in OF_THE_PAIR}
         decided |= {"method": self.method.words, "labels": labels, "chat_template": template}
         return dataclasses.replace(recipe, **decided)
+
+    def _labels(self, given: list[str] | None) -> list[str] | None:
+        """Returns a classifier's classes, in the order of its head; None for other models.
+
+        Raises:
+            SettingError: the recipe gives others, or files that name none hold a head for tokens.
+        """
+        named = recipe_labels(self.files)
+        own = named or labels_of(self.files)
+        if named is None and given is not None and (own is None or len(own) == len(given)):
+            return given
+        if given is not None and given != own:
+            raise SettingError(
+                f"--adapter {self.name} has the classes {some(own or ['none'])}, and the recipe "
+                f"says {some(given)}: leave labels out"
+            )
+        if own is None and self.files.config.get("task_type") == "TOKEN_CLS":
+            raise SettingError(
+                f"--adapter {self.name} does not name its classes: give them to the recipe, as "
+                "labels, in the order of its head"
+            )
+        return own
 
     def place(self, loaded: Loaded) -> Adapter:
         """Puts the adapter into its base, to be trained.

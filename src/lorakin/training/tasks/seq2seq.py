@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorakin.errors import DataError
 from lorakin.terminal import visible
-from lorakin.training.batches import Row
+from lorakin.training.batches import Row, class_loss
 from lorakin.training.contents import Content, Conversation, PlainText, text_of
 from lorakin.training.encoding import Encoded
 from lorakin.training.formats import SEQ2SEQ
@@ -51,11 +51,7 @@ class Seq2Seq(Language):
 
     @property
     def loss(self) -> Loss | None:
-        return self._mean_loss
-
-    def _mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        losses, counts = self.row_losses(outputs, labels)
-        return losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+        return class_loss
 
     def row_losses(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels = labels.to(outputs.logits.device)

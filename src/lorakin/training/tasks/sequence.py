@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lorakin.errors import DataError
 from lorakin.inject.module_mode import in_mode
 from lorakin.terminal import visible
-from lorakin.training.batches import Row
+from lorakin.training.batches import Row, class_loss
 from lorakin.training.contents import Labelled
 from lorakin.training.encoding import Encoded
 from lorakin.training.metrics import figures, mean_interval
@@ -140,19 +140,7 @@ class Classification(SequenceTask):
 
     @property
     def loss(self) -> Loss | None:
-        return self._smoothable_loss
-
-    def _smoothable_loss(
-        self,
-        outputs: Any,
-        labels: Tensor,
-        num_items_in_batch: Any = None,
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
-        logits = outputs.logits.float()
-        labels = labels.to(logits.device)
-        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        return class_loss
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")

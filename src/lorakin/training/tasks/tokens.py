@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lorakin.errors import DataError
 from lorakin.inject.module_mode import in_mode
 from lorakin.terminal import visible
-from lorakin.training.batches import Row
+from lorakin.training.batches import Row, class_loss
 from lorakin.training.contents import Tagged
 from lorakin.training.encoding import Encoded
 from lorakin.training.formats import TOKEN_CLASSIFICATION
@@ -73,11 +73,7 @@ class TokenClassification(Task):
 
     @property
     def loss(self) -> Loss | None:
-        return self._mean_loss
-
-    def _mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return self._losses(outputs, labels).sum() / items
+        return class_loss
 
     def _losses(self, outputs: Any, labels: Tensor) -> Tensor:
         """Returns the loss of each token, (rows, tokens), 0 where there is no label."""

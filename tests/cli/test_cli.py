@@ -21,7 +21,7 @@ from conftest import interruptible
 from lorakin.cli.app import run
 from lorakin.cli.recipe_options import split_names
 
-COMMANDS = ["train", "generate", "evaluate", "merge", "inspect", "demo"]
+COMMANDS = ["train", "generate", "chat", "doctor", "evaluate", "merge", "inspect", "demo"]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from lorakin.cli.options import Dtype, Model, OtherBase, examples
 from lorakin.cli.recipe_options import recipe_options
 from lorakin.cli.verbosity import messages_on
 from lorakin.errors import DataError, LorakinError
-from lorakin.terminal import labelled
+from lorakin.terminal import labelled, visible
 
 if TYPE_CHECKING:
     from lorakin.training.chat import Chat
@@ -93,7 +93,7 @@ def _typed(chat: Chat) -> Iterator[str]:
         importlib.import_module("readline")
     while True:
         try:
-            yield input(f"{chat.speaker.name}> ")
+            yield input(f"{visible(chat.speaker.name)}> ")
         except EOFError:
             print()
             return

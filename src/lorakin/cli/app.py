@@ -28,6 +28,7 @@ from lorakin.cli import (
     methods,
     plan,
     push,
+    serve,
     train,
 )
 from lorakin.cli.verbosity import Quiet, Verbose, calm_libraries, chosen, is_first, with_verbosity
@@ -68,6 +69,7 @@ for module in (
     combine,
     convert,
     inspect,
+    serve,
     push,
     methods,
     doctor,

@@ -11,6 +11,7 @@ from lorakin.errors import AdapterError, SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.serving.job import ExportJob, ExportRequest
 from lorakin.serving.output import new_directory, write_report
+from lorakin.serving.sources import sources_of
 from lorakin.serving.targets import TARGETS, ExportTarget
 from lorakin.serving.verify import (
     LogitComparison,
@@ -32,12 +33,14 @@ class Exported:
         size: the bytes of all files.
         agreement: the comparison with the trained model; None if it was left out.
         fits: path → how near the module's plain pair is to the adapter's change.
+        made_from: what the files are that it was made from.
     """
 
     request: ExportRequest
     size: int
     agreement: LogitComparison | None
     fits: Mapping[str, Fit]
+    made_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Returns the lines that the command prints."""
@@ -56,6 +59,7 @@ class Exported:
         return {
             "lorakin": lorakin.__version__,
             "order": dataclasses.asdict(self.request),
+            "made_from": dict(self.made_from),
             "bytes": self.size,
             "verified": None if self.agreement is None else self.agreement.as_dict(),
             "modules": {path: dataclasses.asdict(fit) for path, fit in self.fits.items()},
@@ -89,6 +93,7 @@ def export(request: ExportRequest) -> Exported:
             f"{request.adapter} does not say what its base model is; name it with --model"
         )
     job = ExportJob(request, files, name)
+    made_from = sources_of(files.path, name)
     with new_directory(request.out) as partial:
         transcript = None
         if request.verify:
@@ -108,7 +113,7 @@ def export(request: ExportRequest) -> Exported:
             report = Exported(request, 0, agreement, job.fits).as_dict()
             agreement.check(tolerance, f"what was written ({request.to})", report)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        exported = Exported(request, size, agreement, job.fits)
+        exported = Exported(request, size, agreement, job.fits, made_from)
         write_report(partial, exported.as_dict())
     return exported
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import console_for, examples
+from lorakin.cli.options import Json, console_for, examples, print_json
 
 EXAMPLES = examples(
     "lorakin push adapter org/adapter",
@@ -28,6 +28,7 @@ def command(
     revision: Annotated[
         str | None, typer.Option(help="The branch, made if it does not exist.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Upload an adapter, a merged model or GGUF files to the Hugging Face hub.
 
@@ -37,4 +38,7 @@ def command(
     from lorakin.serving.push import push
 
     address = push(folder, name, private=private, message=message, revision=revision)
-    console_for(False).print(address, soft_wrap=True)
+    if as_json:
+        print_json({"url": address})
+    else:
+        console_for(False).print(address, soft_wrap=True)

@@ -22,6 +22,7 @@ def install() -> torch.library.Library:
         dropped_product,
         dropped_down_gradient,
         dropped_input_product,
+        summed,
         changed_row_norms,
         gain_gradient,
     ):
@@ -40,14 +41,26 @@ def zeroed(x: Tensor, seed: int, threshold: int) -> Tensor:
 
 
 def dropped_product(x: Tensor, down: Tensor, seed: int, threshold: int) -> Tensor:
-    return zeroed(x, seed, threshold) @ down.T
+    _, _, parts = triton_operators.parts_of_product(*x.shape)
+    return _as_parts(zeroed(x, seed, threshold).float() @ down.T.float(), parts, x.dtype)
 
 
 def dropped_down_gradient(
     back: Tensor, x: Tensor, scale: float, seed: int, threshold: int
 ) -> Tensor:
     wide = scale * (back.T.float() @ zeroed(x, seed, threshold).float())
-    return wide.to(x.dtype)
+    return _as_parts(wide, triton_operators.parts_of_down_gradient(len(x)), x.dtype)
+
+
+def summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return parts.sum(0).to(dtype)
+
+
+def _as_parts(whole: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """Returns the sum as the first of so many parts."""
+    if parts == 1:
+        return whole.to(dtype).unsqueeze(0)
+    return torch.cat([whole.unsqueeze(0), whole.new_zeros(parts - 1, *whole.shape)])
 
 
 def dropped_input_product(

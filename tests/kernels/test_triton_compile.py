@@ -103,11 +103,12 @@ def test_kernels_compile(
         run["dropped_product"](x, down, seed, 6554)
         run["dropped_down_gradient"](back, x, 0.5, seed, 6554)
         run["dropped_input_product"](back, down, 0.5, seed, 6554)
+        run["summed"](x.new_empty(3, rank, width, dtype=torch.float32), dtype)
         if tokens == TOKENS[0]:
             run["zeroed"](x, seed, 6554)
             run["changed_row_norms"](x.new_empty(width, width), up, down, 0.5)
             run["gain_gradient"](x, x, x.new_empty(width), x.new_empty(width), True)
-    assert len(launches) == 9
+    assert len(launches) == 11
     assert_compile(launches, tmp_path)
 
 

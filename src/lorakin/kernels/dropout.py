@@ -157,18 +157,22 @@ class DropoutInKernels(DropoutDraw):
     def product(self, x: Tensor, down: Tensor) -> Tensor:
         if not triton_operators.fit(x, down, rank=len(down)):
             return super().product(x, down)
-        product: Tensor = torch.ops.lorakin.dropped_product(x, down, self.seed, self.threshold)
-        return product
+        parts = torch.ops.lorakin.dropped_product(x, down, self.seed, self.threshold)
+        return self._summed(parts, x.dtype)
 
     def down_gradient(
         self, back: Tensor, x: Tensor, scale: float, entries: Tensor | None = None
     ) -> Tensor:
         if not triton_operators.fit(back, x, rank=back.shape[1]):
             return super().down_gradient(back, x, scale, entries)
-        gradient: Tensor = torch.ops.lorakin.dropped_down_gradient(
-            back, x, scale, self.seed, self.threshold
-        )
-        return gradient
+        parts = torch.ops.lorakin.dropped_down_gradient(back, x, scale, self.seed, self.threshold)
+        return self._summed(parts, x.dtype)
+
+    @staticmethod
+    def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the sum over `parts`, which has the dtype already if there is only one."""
+        summed: Tensor = parts[0] if len(parts) == 1 else torch.ops.lorakin.summed(parts, dtype)
+        return summed
 
     def input_gradient(
         self,

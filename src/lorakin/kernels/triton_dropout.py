@@ -56,6 +56,18 @@ def zeroed_kernel(
     tl.store(out + at, values, mask=inside)
 
 
+@triton.jit
+def sum_kernel(
+    parts: tl.tensor, out: tl.tensor, count: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Writes BLOCK numbers of the sum over `parts` (count, size), in the dtype of `out`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(count):
+        total += tl.load(parts + part * size + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
 @triton.jit(do_not_specialize=["seed", "threshold", "rows"])
 def product_kernel(
     x: tl.tensor,
@@ -66,15 +78,17 @@ def product_kernel(
     rows: tl.tensor,
     inputs: tl.tensor,
     rank: tl.tensor,
+    inputs_of_a_part: tl.tensor,
     ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """Writes ROWS rows of x̃ downᵀ, (rows, rank), summed in float32."""
+    """Writes ROWS rows of x̃ downᵀ over a part of the inputs, (parts, rows, rank)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)
-    for start in range(0, inputs, INPUTS):
+    first = tl.program_id(1) * inputs_of_a_part
+    for start in range(first, min(first + inputs_of_a_part, inputs), INPUTS):
         column = start + tl.arange(0, INPUTS)
         group = start // GROUP + tl.arange(0, INPUTS // GROUP)
         inside = (row[:, None] < rows) & (column[None, :] < inputs)
@@ -87,7 +101,8 @@ def product_kernel(
             other=0.0,
         )
         total = tl.dot(values, across, total, input_precision="ieee")
-    at = row[:, None].to(tl.int64) * rank + k[None, :]
+    part = tl.program_id(1).to(tl.int64) * rows * rank
+    at = part + row[:, None].to(tl.int64) * rank + k[None, :]
     inside = (row[:, None] < rows) & (k[None, :] < rank)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
@@ -103,16 +118,18 @@ def down_gradient_kernel(
     rows: tl.tensor,
     inputs: tl.tensor,
     rank: tl.tensor,
+    rows_of_a_part: tl.tensor,
     ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """Writes INPUTS columns of scale · backᵀ x̃, (rank, inputs), summed in float32 over all rows."""
+    """Writes INPUTS columns of scale · backᵀ x̃ over a part of the rows, (parts, rank, inputs)."""
     column = tl.program_id(0) * INPUTS + tl.arange(0, INPUTS)
     group = tl.program_id(0) * (INPUTS // GROUP) + tl.arange(0, INPUTS // GROUP)
     k = tl.arange(0, RANK)
     total = tl.zeros((RANK, INPUTS), tl.float32)
-    for start in range(0, rows, ROWS):
+    first = tl.program_id(1) * rows_of_a_part
+    for start in range(first, min(first + rows_of_a_part, rows), ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row[:, None] < rows) & (column[None, :] < inputs)
         at = row[:, None].to(tl.int64) * inputs + column[None, :]
@@ -124,7 +141,8 @@ def down_gradient_kernel(
             other=0.0,
         )
         total = tl.dot(across, values, total, input_precision="ieee")
-    at = k[:, None] * inputs + column[None, :]
+    part = tl.program_id(1).to(tl.int64) * rank * inputs
+    at = part + k[:, None] * inputs + column[None, :]
     inside = (k[:, None] < rank) & (column[None, :] < inputs)
     tl.store(out + at, (total * scale).to(out.dtype.element_ty), mask=inside)
 

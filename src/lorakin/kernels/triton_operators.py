@@ -36,6 +36,7 @@ LIBRARY.define(
     "dropped_input_product(Tensor back, Tensor down, float scale, int seed, int threshold) "
     "-> Tensor"
 )
+LIBRARY.define("summed(Tensor parts, ScalarType dtype) -> Tensor")
 LIBRARY.define("changed_row_norms(Tensor weight, Tensor up, Tensor down, float scale) -> Tensor")
 LIBRARY.define(
     "gain_gradient(Tensor delta, Tensor multiplied, Tensor? bias, Tensor gain_minus_one, "
@@ -105,6 +106,34 @@ def _blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
+ROWS_OF_A_PART = 1024
+"""How many rows a program sums at most for the gradient of `down`: 16 blocks, one after another."""
+
+
+def parts_of_product(rows: int, inputs: int) -> tuple[int, int, int]:
+    """Returns how x̃ downᵀ is cut: the rows of a block, the inputs of a part, the number of parts.
+
+    With few rows there are few blocks, so the inputs are cut too.
+
+    >>> parts_of_product(8192, 4096), parts_of_product(512, 14336)
+    ((16, 4096, 1), (16, 1600, 9))
+    """
+    block = _power_of_two(_blocks(rows, 2 * PROGRAMS), 16, 64)
+    blocks = max(1, _blocks(rows, block))
+    parts = 1 if blocks >= PROGRAMS // 3 else min(_blocks(PROGRAMS, blocks), _blocks(inputs, 256))
+    inputs_of_a_part = 64 * max(1, _blocks(_blocks(inputs, parts), 64))
+    return block, inputs_of_a_part, max(1, _blocks(inputs, inputs_of_a_part))
+
+
+def parts_of_down_gradient(rows: int) -> int:
+    """Returns into how many parts the rows are cut for the gradient of `down`.
+
+    >>> parts_of_down_gradient(8192)
+    8
+    """
+    return max(1, _blocks(rows, ROWS_OF_A_PART))
+
+
 def parts_of(rows: int, outputs: int) -> tuple[int, int]:
     """Returns how a sum over rows is cut: the rows of a part, and the number of parts.
 
@@ -144,12 +173,12 @@ def _dropped_product(x: Tensor, down: Tensor, seed: int, threshold: int) -> Tens
 
     x, down = x.contiguous(), down.contiguous()
     (rows, inputs), rank = x.shape, len(down)
-    out = x.new_empty(rows, rank)
+    block, inputs_of_a_part, parts = parts_of_product(rows, inputs)
+    out = x.new_empty(parts, rows, rank, dtype=torch.float32 if parts > 1 else x.dtype)
     if rows:
-        block = _power_of_two(_blocks(rows, PROGRAMS // 2), 16, 64)
         with _on(x):
-            kernels.product_kernel[(_blocks(rows, block),)](
-                x, down, out, seed, threshold, rows, inputs, rank,
+            kernels.product_kernel[(_blocks(rows, block), parts)](
+                x, down, out, seed, threshold, rows, inputs, rank, inputs_of_a_part,
                 ROWS=block, INPUTS=64, RANK=_power_of_two(rank, 16, LARGEST_RANK), num_warps=8,
             )  # fmt: skip
     return out
@@ -163,13 +192,27 @@ def _dropped_down_gradient(
 
     back, x = back.contiguous(), x.contiguous()
     (rows, inputs), rank = x.shape, back.shape[1]
-    out = x.new_empty(rank, inputs)
+    parts = parts_of_down_gradient(rows)
+    out = x.new_empty(parts, rank, inputs, dtype=torch.float32 if parts > 1 else x.dtype)
     block = _power_of_two(_blocks(inputs, PROGRAMS // 2), 16, 64)
     with _on(x):
-        kernels.down_gradient_kernel[(_blocks(inputs, block),)](
-            back, x, out, scale, seed, threshold, rows, inputs, rank,
+        kernels.down_gradient_kernel[(_blocks(inputs, block), parts)](
+            back, x, out, scale, seed, threshold, rows, inputs, rank, ROWS_OF_A_PART,
             ROWS=64, INPUTS=block, RANK=_power_of_two(rank, 16, LARGEST_RANK), num_warps=8,
         )  # fmt: skip
+    return out
+
+
+@_on_cuda
+def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    from lorakin.kernels import triton_dropout as kernels
+
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    if out.numel():
+        with _on(parts):
+            kernels.sum_kernel[(_blocks(out.numel(), 1024),)](
+                parts, out, len(parts), out.numel(), BLOCK=1024, num_warps=4
+            )
     return out
 
 
@@ -236,14 +279,23 @@ def _fake_zeroed(x: Tensor, seed: int, threshold: int) -> Tensor:
 
 @torch.library.register_fake("lorakin::dropped_product", lib=LIBRARY)
 def _fake_dropped_product(x: Tensor, down: Tensor, seed: int, threshold: int) -> Tensor:
-    return x.new_empty(len(x), len(down))
+    _, _, parts = parts_of_product(*x.shape)
+    dtype = torch.float32 if parts > 1 else x.dtype
+    return x.new_empty(parts, len(x), len(down), dtype=dtype)
 
 
 @torch.library.register_fake("lorakin::dropped_down_gradient", lib=LIBRARY)
 def _fake_dropped_down_gradient(
     back: Tensor, x: Tensor, scale: float, seed: int, threshold: int
 ) -> Tensor:
-    return x.new_empty(back.shape[1], x.shape[1])
+    parts = parts_of_down_gradient(len(x))
+    dtype = torch.float32 if parts > 1 else x.dtype
+    return x.new_empty(parts, back.shape[1], x.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("lorakin::summed", lib=LIBRARY)
+def _fake_summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return parts.new_empty(parts.shape[1:], dtype=dtype)
 
 
 @torch.library.register_fake("lorakin::dropped_input_product", lib=LIBRARY)

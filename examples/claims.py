@@ -32,11 +32,12 @@ import lorakin as lk
 from lorakin.compare import arms, workers
 from lorakin.compare.comparison import Comparison
 from lorakin.compare.directory import locked
+from lorakin.compare.estimates import Estimate
+from lorakin.compare.figures import amount, with_interval
 from lorakin.compare.preparation import prepare
 from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.progress import Board
-from lorakin.compare.standings import Estimate, Standing, leaders, paired_difference
-from lorakin.compare.verdict import amount, with_interval
+from lorakin.compare.standings import Standing, leaders, paired_difference
 from lorakin.family.method_words import methods_of
 from lorakin.report import comparison_page
 from lorakin.report.charts import SMOOTHING

@@ -262,7 +262,8 @@ def test_a_classifier_is_compared_by_accuracy_with_its_head_alone(
     settings = {"methods": "lora-drop", "lr_sweep": "1e-2", "seeds": "1", "budget": "steps=8"}
     found = result_of(arguments(bert_dir, data, out, **settings))
     assert found["measure"] == "accuracy"
-    assert [arm["arm"] for arm in found["arms"]] == ["lora", "lora-drop", "base", "head", "full"]
+    names = [arm["arm"] for arm in found["arms"]]
+    assert names == ["lora", "lora-drop", "base", "head", "full", "constant"]
     trained = {arm["arm"]: arm["trainable_parameters"] for arm in found["arms"]}
     assert trained["head"] == 32 * 2 + 2
     assert trained["full"] > trained["lora"] > trained["lora-drop"] > trained["head"]

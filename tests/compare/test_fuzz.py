@@ -24,6 +24,7 @@ from lorakin.compare import arms as arms_
 from lorakin.compare import directory
 from lorakin.compare.comparison import Comparison
 from lorakin.compare.prepared_comparison import PreparedComparison
+from lorakin.compare.report_answers import ReportAnswers
 from lorakin.compare.results import DONE, SEED, SWEEP, ResultRow, Results, Trial
 from lorakin.compare.split import Parts
 from lorakin.report import comparison_page
@@ -46,7 +47,7 @@ PATHS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "class
 
 def row(arm: str, stage: str, lr: float | None, seed: int, loss: float) -> ResultRow:
     trains = lr is not None
-    figures = {"loss": loss, "perplexity": 2.0, "count": 40}
+    figures = {"loss": loss, "accuracy": 0.5, "count": 40}
     change = {"norm": 1.0, "relative": 0.1, "rank": 2.0}
     return ResultRow(
         Trial(arm, stage, lr, seed),  # type: ignore[arg-type]
@@ -54,6 +55,7 @@ def row(arm: str, stage: str, lr: float | None, seed: int, loss: float) -> Resul
         steps=4,
         tune=figures,
         report=figures,
+        answers=ReportAnswers([loss, 2 * loss, loss], [3, 4, 3], [0, 1, 1], [0, 1, 0]),
         trained=100,
         frozen=5,
         adapter_bytes=4000,

@@ -12,7 +12,8 @@ import pytest
 
 from lorakin.compare.split import REPORT, TRAIN, TUNE, split_into
 from lorakin.errors import DataError
-from lorakin.training.reading import DataRows
+from lorakin.training.contents import Labelled
+from lorakin.training.reading import DataRows, read_rows
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -98,3 +99,40 @@ def test_other_kinds_of_rows_are_refused(tmp_path: Path, write_rows: Callable[..
     labelled = write_rows([{"text": "a", "label": "b"}], "held.jsonl")
     with pytest.raises(DataError, match="classification.* prompt/completion"):
         split_into(tmp_path / "data", write_rows(rows(100)), labelled, 8, every)
+
+
+def test_labels_of_every_task_come_back(tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    """Pairs with several classes, and numbers, some of which look like classes."""
+    pairs = [
+        {"premise": f"one {n}", "hypothesis": "two", "label": ["b", "a"][: n % 3]}
+        for n in range(80)
+    ]
+    parts = split_into(tmp_path / "sets", write_rows(pairs), None, 8, every)
+    assert (parts.task, parts.labels) == ("multi-label", ["a", "b"])
+    path = str(tmp_path / "sets" / TRAIN)
+    again = read_rows(path, layout=parts.format, task=parts.task)
+    known = {row["premise"]: row["label"] for row in pairs}
+    for record in again.records:
+        assert isinstance(record.content, Labelled)
+        assert record.content.second == "two"
+        assert record.label_set() == known[record.content.text]
+
+    numbers = [{"text": f"text {n}", "score": n / 2 if n % 5 else n} for n in range(80)]
+    numbers = [{"text": row["text"], "label": row["score"]} for row in numbers]
+    parts = split_into(tmp_path / "numbers", write_rows(numbers), None, 8, every)
+    assert (parts.task, parts.labels) == ("regression", ["label"])
+    rows = read_rows(str(tmp_path / "numbers" / REPORT), layout=parts.format, task=parts.task)
+    expected = {row["text"]: row["label"] for row in numbers}
+    for record in rows.records:
+        assert isinstance(record.content, Labelled)
+        assert record.number_label() == expected[record.content.text]
+
+
+def test_a_class_that_only_the_rows_to_report_on_have_is_refused(
+    tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    data = write_rows([{"text": f"t {n}", "label": "ab"[n % 2]} for n in range(80)])
+    held = write_rows([{"text": f"u {n}", "label": "abc"[n % 3]} for n in range(30)], "held.jsonl")
+    with pytest.raises(DataError, match=r"held\.jsonl, row 3: label 'c' is none of a, b"):
+        split_into(tmp_path / "data", data, held, 8, every)
+    assert not (tmp_path / "data").exists()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lorakin.compare.arms import BASE, CONTROL, FULL, LIMIT, MEMBER, REFERENCE, Arm
+from lorakin.compare.estimates import Estimate, Ratio, holm
 from lorakin.compare.results import DIVERGED, DONE, SEED, SWEEP, UNTRAINED, ResultRow, Trial
-from lorakin.compare.standings import Estimate, Ratio, holm, leaders, standings_of
+from lorakin.compare.standings import leaders, standings_of
 from lorakin.compare.verdict import verdict
 
 

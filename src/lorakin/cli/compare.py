@@ -18,6 +18,7 @@ EXAMPLES = examples(
     "lorakin compare --model smollm2 --data rows.jsonl --budget steps=200 --out comparison",
     "lorakin compare --model smollm2 --data rows.jsonl --methods 'dora vera dora,adalora' "
     "--seeds 5 --out comparison",
+    "lorakin compare --model minilm --data cola.jsonl --metric matthews --out comparison",
     "lorakin compare --model org/model --data rows.parquet --budget minutes=10,params=2m "
     "--devices cuda:0,cuda:1 --out runs",
 )
@@ -36,6 +37,11 @@ DEVICES_HELP = (
 )
 SET_HELP = "Any other setting, for the methods that have it, such as ratio=8."
 
+METRIC_HELP = (
+    "What decides: loss, or a metric of the task, such as matthews. \\[default: accuracy, micro_f1 "
+    "or pearson; loss for a language model]"
+)
+
 Methods = Annotated[list[str] | None, typer.Option(help=METHODS_HELP)]
 EvalData = Annotated[
     str | None, typer.Option(help="Rows to report on. \\[default: split off the data]")
@@ -52,8 +58,8 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)]
 
 @recipe_options(
     "targets", "rank_above", "batch_size", "accumulate", "max_length", "loss_on", "columns",
-    "format", "chat_template", "template_args", "schedule", "schedule_args",
-    "gradient_checkpointing", "fuse", "dtype",
+    "format", "task", "chat_template", "template_args", "schedule", "schedule_args",
+    "gradient_checkpointing", "fuse", "dtype", "quantize",
 )  # fmt: skip
 def command(
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)],
@@ -69,6 +75,7 @@ def command(
     alpha: Alpha = None,
     dropout: Annotated[float, typer.Option(help="Dropout, for the methods that support it.")] = 0.0,
     settings: Settings = None,
+    metric: Annotated[str | None, typer.Option(help=METRIC_HELP)] = None,
     *,
     as_json: Json = False,
     **flags: Any,
@@ -87,7 +94,8 @@ def command(
     comparison = Comparison(
         model=model, data=data, out=out, methods=methods_of(" ".join(methods or ["all"])),
         budget=budget, seeds=seeds, sweep=lr_sweep, eval_data=eval_data, rank=rank, alpha=alpha,
-        dropout=dropout, settings=parse_settings(settings or []), recipe=flags,
+        dropout=dropout, settings=parse_settings(settings or []), metric=metric,
+        recipe=flags,
     )  # fmt: skip
     _run(comparison, devices, as_json)
 

@@ -51,7 +51,10 @@ def command(
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     labels: Annotated[
         int | None,
-        typer.Option(help="Number of classes, to plan a classifier instead of a language model."),
+        typer.Option(
+            help="Number of classes, to plan a classifier instead of a language model; 1 for "
+            "regression."
+        ),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help=LENGTH_HELP)] = None,
     steps: Annotated[

@@ -34,6 +34,7 @@ class Comparison:
         alpha: plain LoRA's alpha; None keeps alpha / rank of the default.
         dropout: the dropout of the methods that support it.
         settings: more settings, for the methods that have them.
+        metric: the measure that decides: "loss" or a metric of the task; None is the task's first.
         parsed_budget: `budget` as a `Budget`.
         parsed_sweep: `sweep` as a `Sweep`.
         recipe: fields of the recipe that all trials share, such as batch_size.
@@ -54,6 +55,7 @@ class Comparison:
     alpha: float | None = None
     dropout: float = 0.0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metric: str | None = None
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,9 +83,13 @@ class Comparison:
         return self.rank, self.alpha / self.rank
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the options for the comparison's file, without `out`: it may be moved."""
+        """Returns the options for the comparison's file.
+
+        Without `out`, for it may be moved, and without `metric`: the trials are the same, and may
+        be looked at by another.
+        """
         fields = (field.name for field in dataclasses.fields(self))
-        return {name: getattr(self, name) for name in fields if name != "out"}
+        return {name: getattr(self, name) for name in fields if name not in ("out", "metric")}
 
 
 def parse_sweep(text: str) -> Sweep:

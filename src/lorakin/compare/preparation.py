@@ -19,6 +19,7 @@ from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.results import Results
 from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method
+from lorakin.inject.heads import head_of
 from lorakin.inject.layer_numbers import parse_layers
 from lorakin.plan.meta_model import meta_model_of, trainable_parameters, with_assumed_importance
 from lorakin.storage import paths
@@ -26,10 +27,12 @@ from lorakin.terminal import labelled
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import with_answers
 from lorakin.training.limits import position_count_of_config, row_length
+from lorakin.training.metrics import check_metric
 from lorakin.training.models import config_of, load_tokenizer
-from lorakin.training.precision import resolve_dtype
+from lorakin.training.precision import quantisation, resolve_dtype
 from lorakin.training.prepare import check_meant
 from lorakin.training.reading import DataRows
+from lorakin.training.tasks import kind_of_task
 
 ENDLESS = 10**6
 """The number of steps of a run whose budget is in minutes, before anything is timed."""
@@ -44,9 +47,12 @@ def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
     out = paths.user_path(comparison.out, "--out")
     resumed = directory.check_out(comparison, out)
     options, comparison = comparison, within_positions(comparison)
+    if comparison.base_recipe.quantize is not None:
+        quantisation(comparison.base_recipe.quantize)
     if resumed:
         saved = directory.saved_in(out)
         parts, dtype = saved.parts, str(saved.dtype)
+        _check_metric(comparison, parts.task_word)
     else:
         recipe = comparison.base_recipe
         parts = split.split_into(
@@ -57,6 +63,7 @@ def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
             _keep_learnable(comparison),
             recipe.columns,
             recipe.format,
+            recipe.task,
         )
         dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
     arms = _arms(comparison, parts, dtype)
@@ -67,6 +74,10 @@ def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
     comparison_run = PreparedComparison(comparison, out, arms, parts, results, dtype)
     _print_summary(comparison_run, console)
     return comparison_run
+
+
+def _check_metric(comparison: Comparison, task: str) -> None:
+    check_metric(comparison.metric, kind_of_task(task).metrics, task)
 
 
 def within_positions(comparison: Comparison) -> Comparison:
@@ -104,7 +115,8 @@ def _keep_learnable(comparison: Comparison) -> Callable[[DataRows], DataRows]:
     recipe, tokenizer = comparison.base_recipe, load_tokenizer(comparison.model)
 
     def keep_learnable(rows: DataRows) -> DataRows:
-        if rows.is_classification:
+        _check_metric(comparison, rows.task)
+        if rows.has_labels:
             check_meant(recipe, rows)
             return rows
         use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
@@ -116,12 +128,14 @@ def _keep_learnable(comparison: Comparison) -> Callable[[DataRows], DataRows]:
 def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:
     """Returns all arms at the size of the budget, with reasons for those that cannot run."""
     steps, recipe = comparison.parsed_budget.steps or ENDLESS, comparison.base_recipe
-    model = meta_model_of(comparison.model, dtype, parts.labels)
+    kind = kind_of_task(parts.task_word, config_of(comparison.model))
+    model = meta_model_of(comparison.model, dtype, parts.labels, kind.auto)
     selection: dict[str, Any] = {
         "targets": recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
         "exclude": recipe.exclude,
         "layers": parse_layers(recipe.layers) if recipe.layers else None,
         "rank_above": recipe.rank_above,
+        "modules_to_save": head_of(model) if parts.labels is not None else [],
     }
 
     arms, adapted = [], list[str]()
@@ -140,7 +154,7 @@ def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:
             f"{reference.refused}"
         )
     limits = limits_of(reference, adapted, parts.labels is not None)
-    return arms + [_refuse_if_too_large(arm, model, adapted, comparison) for arm in limits]
+    return arms + [_refuse_if_untrainable(arm, model, adapted, comparison) for arm in limits]
 
 
 def _sized_and_checked(
@@ -171,10 +185,18 @@ def _sized_and_checked(
     return arm, paths
 
 
-def _refuse_if_too_large(arm: Arm, model: Any, paths: Sequence[str], comparison: Comparison) -> Arm:
-    """Refuses full fine-tuning where it does not fit into memory or budget."""
+def _refuse_if_untrainable(
+    arm: Arm, model: Any, paths: Sequence[str], comparison: Comparison
+) -> Arm:
+    """Refuses full fine-tuning of a quantised base, and where memory or budget are too small."""
     if arm.name != FULL:
         return arm
+    if (quantize := comparison.base_recipe.quantize) is not None:
+        return dataclasses.replace(
+            arm,
+            refused=f"weights in few bits (--quantize {quantize}) cannot be trained whole; a "
+            "comparison without --quantize has this limit",
+        )
     if comparison.parsed_budget.params is not None:
         return dataclasses.replace(
             arm,

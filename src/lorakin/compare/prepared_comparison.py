@@ -15,9 +15,11 @@ from lorakin.compare import next_trials, split, trial
 from lorakin.compare.arms import BASE, FULL, Arm
 from lorakin.compare.comparison import LEAST_STEPS, Comparison
 from lorakin.compare.directory import DATA, TRIALS
+from lorakin.compare.report_answers import LOSS
 from lorakin.compare.results import DONE, FAILED, REFUSED, SEED, TIMING, ResultRow, Results, Trial
 from lorakin.errors import SettingError
 from lorakin.training.recipe import Recipe
+from lorakin.training.tasks import kind_of_task
 
 
 @dataclasses.dataclass
@@ -44,6 +46,12 @@ class PreparedComparison:
     def seeds(self) -> list[int]:
         """The seeds; all arms have the same."""
         return list(range(self.comparison.seeds))
+
+    @property
+    def measure(self) -> str:
+        """What decides: the chosen metric, else the task's first, else the loss."""
+        first = next(iter(kind_of_task(self.parts.task_word).metrics), LOSS)
+        return self.comparison.metric or first
 
     def remaining(self) -> list[Trial]:
         """Returns the trials that can run now, sweeps before further seeds."""
@@ -82,7 +90,7 @@ class PreparedComparison:
         steps = trial.TIMED_STEPS if next_trial.stage == TIMING else self.steps(arm.name)
         fields = {**self.comparison.recipe, "dtype": self.dtype, **arm.recipe}
         # The parts are written in their format's own columns.
-        fields |= {"columns": {}, "format": self.parts.format}
+        fields |= {"columns": {}, "format": self.parts.format, "task": self.parts.task}
         recipe = Recipe(
             model=self.comparison.model,
             data=[str(self.out / DATA / split.TRAIN)],

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from lorakin.compare.report_answers import ReportAnswers
 from lorakin.errors import DataError
 from lorakin.storage import files
 from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
@@ -98,6 +99,7 @@ class ResultRow:
         steps: optimizer steps that were made.
         tune: figures on the rows that learning rates are chosen by; `loss` at least.
         report: figures on the rows to report on; `loss` and `count` at least.
+        answers: what was answered to each of those rows; None if they are too many.
         trained: the number of trained parameters.
         frozen: the number of the adapter's parameters that are not trained.
         adapter_bytes: the size of the adapter's files.
@@ -123,6 +125,7 @@ class ResultRow:
     steps: Count = 0
     tune: HeldOutFigures | None = None
     report: ReportFigures | None = None
+    answers: ReportAnswers | None = None
     trained: Count = 0
     frozen: Count = 0
     adapter_bytes: Count = 0

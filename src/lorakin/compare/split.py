@@ -13,10 +13,25 @@ from lorakin.errors import DataError
 from lorakin.storage import atomic
 from lorakin.storage.schema import Count
 from lorakin.training.contents import Number
+from lorakin.training.formats import (
+    CLASSIFICATION,
+    LANGUAGE,
+    MULTI_LABEL,
+    REGRESSION,
+    TOKEN_CLASSIFICATION,
+)
 from lorakin.training.reading import DataRows, read_rows
+from lorakin.training.records import Record
 
 TRAIN, TUNE, REPORT = "train.jsonl", "tune.jsonl", "report.jsonl"
 LEAST_HELD, MOST_TUNE, MOST_REPORT = 16, 128, 256
+LABEL_OF: dict[str, Callable[[Record], Any]] = {
+    CLASSIFICATION: Record.label,
+    MULTI_LABEL: Record.label_set,
+    REGRESSION: Record.number_label,
+    TOKEN_CLASSIFICATION: Record.tags,
+}
+"""Word of a task → what a row's label is, by name: numbers of classes mean nothing alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +43,7 @@ class Parts:
         left_out: how many rows were left out and why, in words.
         labels: the classes of a classifier.
         format: the format of the rows.
+        task: the word of the task; None in comparisons from before it was kept.
     """
 
     train: Count
@@ -36,6 +52,12 @@ class Parts:
     left_out: str
     labels: list[str] | None
     format: str | None = None
+    task: str | None = None
+
+    @property
+    def task_word(self) -> str:
+        """The word of the task."""
+        return self.task or (LANGUAGE if self.labels is None else CLASSIFICATION)
 
 
 def split_into(
@@ -46,6 +68,7 @@ def split_into(
     keep_learnable: Callable[[DataRows], DataRows],
     columns: Mapping[str, str] | None = None,
     format_name: str | None = None,
+    task: str | None = None,
 ) -> Parts:
     """Splits the data set `name` and writes the parts into `folder`.
 
@@ -60,17 +83,21 @@ def split_into(
         keep_learnable: returns the rows that a model can learn from.
         columns: see `read_rows`.
         format_name: the format of the rows; None detects it.
+        task: the word of the task; None detects it.
 
     Raises:
         DataError: the data cannot be read, or has too few rows. Nothing is written.
     """
-    rows = read_rows(name, columns, format_name)
+    rows = read_rows(name, columns, format_name, task)
+    kept = keep_learnable(rows)
+    labels = rows.labels() if rows.has_labels else None
     report = []
     if eval_name is not None:
-        given = read_rows(eval_name, columns, format_name)
+        word = rows.task if rows.has_labels else None
+        given = read_rows(eval_name, columns, format_name, word)
         report = _report_rows(given, rows, eval_name, name, keep_learnable)
 
-    kept, reported = keep_learnable(rows), {_key(row) for row in report}
+    reported = {_key(row) for row in report}
     distinct = _distinct(kept)
     remaining = [row for row in distinct if _key(row) not in reported]
     counts = {
@@ -98,7 +125,6 @@ def split_into(
         TRAIN: remaining[held_out:],
     }
     atomic.write(folder, {part: _as_lines(rows_of_part) for part, rows_of_part in parts.items()})
-    labels = rows.labels() if rows.is_classification else None
     return Parts(
         train=len(parts[TRAIN]),
         tune=len(parts[TUNE]),
@@ -106,6 +132,7 @@ def split_into(
         left_out=left_out,
         labels=labels,
         format=rows.formats[0],
+        task=rows.task,
     )
 
 
@@ -117,10 +144,13 @@ def _report_rows(
     keep_learnable: Callable[[DataRows], DataRows],
 ) -> list[dict[str, Any]]:
     """Returns the rows of --eval-data, if they are enough and of the same kind as the others."""
-    if given.is_classification != rows.is_classification:
+    kinds = [(part.has_labels, part.is_classification) for part in (given, rows)]
+    if kinds[0] != kinds[1]:
         raise DataError(
             f"{eval_name} has format {given.formats[0]}, but {name} has {rows.formats[0]}"
         )
+    if rows.has_labels and rows.task != REGRESSION:
+        _check_known(given, rows.labels())
     report = _distinct(keep_learnable(given))
     if len(report) < LEAST_HELD:
         raise DataError(
@@ -128,6 +158,18 @@ def _report_rows(
             f"{LEAST_HELD}"
         )
     return report
+
+
+def _check_known(given: DataRows, labels: Sequence[str]) -> None:
+    """Refuses rows with a class that the rows to train on do not have."""
+    for record in given.records:
+        found = LABEL_OF[given.task](record)
+        for label in found if isinstance(found, list) else [found]:
+            if label not in labels:
+                raise DataError(
+                    f"{record.where}: label {label!r} is none of {', '.join(labels)}, the classes "
+                    "of the rows to train on"
+                )
 
 
 def _as_lines(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -139,7 +181,8 @@ def _share(count: int, share: float, most: int) -> int:
 
 
 def _distinct(rows: DataRows) -> list[dict[str, Any]]:
-    """Returns each row once, in its format's columns, with classes by name."""
+    """Returns each row once, in its format's columns, with the label as the task reads it."""
+    label_of = LABEL_OF.get(rows.task)
     distinct: dict[str, dict[str, Any]] = {}
     for record in rows.records:
         row_format = record.source.format
@@ -148,8 +191,8 @@ def _distinct(rows: DataRows) -> list[dict[str, Any]]:
             for name in (*row_format.columns, *row_format.optional)
             if name in record.values
         }
-        if rows.is_classification:
-            row[row_format.columns[-1]] = record.label()
+        if label_of is not None:
+            row[row_format.columns[-1]] = label_of(record)
         try:
             distinct.setdefault(_key(row), row)
         except TypeError as error:

@@ -1,9 +1,10 @@
 """Computes where the arms of a comparison stand: means, intervals, differences from plain LoRA.
 
-All figures are taken on the report rows, which no learning rate was chosen by. Intervals are
-Student's t over the seeds. Two arms are compared seed by seed, because runs with the same seed saw
-the same rows in the same order. The p-value of that paired t-test is corrected by Holm's procedure
-for the number of methods: of twenty equal methods, one is expected to pass at 5 % by chance.
+All figures are taken on the report rows, which no learning rate was chosen by. Two arms are
+compared seed by seed and on the same draws of the rows: runs with the same seed saw the same rows
+in the same order, and all answered the same report rows. The p-value of a difference is corrected
+by Holm's procedure for the number of methods: of twenty equal methods, one is expected to pass at
+5 % by chance.
 """
 
 from __future__ import annotations
@@ -11,92 +12,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import stats
+import numpy as np
 
 from lorakin.compare import next_trials
-from lorakin.compare.arms import BASE, MEMBER, Arm
-from lorakin.compare.results import DIVERGED, DONE, FAILED, TIMING, ResultRow
-
-CONFIDENCE = 0.95
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95 % interval and a test against zero.
-
-    Attributes:
-        mean: the mean over the seeds.
-        half_width: half the width of the interval; infinite for one seed.
-        count: the number of seeds.
-        p: two-sided p-value of Student's t-test of the mean against 0; 1 for one seed.
-    """
-
-    mean: float
-    half_width: float
-    count: int
-    p: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """Returns the estimate from the values, one for each seed; there is at least one.
-
-        >>> estimate = Estimate.of([1.0, 2.0, 3.0])
-        >>> f"{estimate.mean:.1f} ± {estimate.half_width:.3f}, p = {estimate.p:.3f}"
-        '2.0 ± 2.484, p = 0.074'
-        """
-        mean, count = statistics.fmean(values), len(values)
-        if count < 2:
-            return cls(mean, math.inf, count, 1.0)
-        if len(set(values)) == 1:  # scipy's test divides by their spread
-            return cls(mean, 0.0, count, 0.0 if mean else 1.0)
-        with warnings.catch_warnings():
-            # scipy warns of values that differ by a rounding error.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            test = stats.ttest_1samp(values, 0.0)
-        low, high = test.confidence_interval(CONFIDENCE)
-        return cls(mean, float(high - low) / 2, count, float(test.pvalue))
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval."""
-        return abs(self.mean) > self.half_width
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Returns the estimate for `--json`."""
-        half_width = self.half_width if math.isfinite(self.half_width) else None
-        return {"mean": self.mean, "half_width": half_width, "seeds": self.count}
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """A time or memory as a multiple of plain LoRA's.
-
-    Attributes:
-        median: the median of the arm's runs over the median of plain LoRA's.
-        low, high: the lowest and the highest of the arm's runs over the same median.
-    """
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float], reference: Sequence[float]) -> Ratio | None:
-        """Returns the ratio; None if one of the two has no positive value.
-
-        >>> Ratio.of([2.0, 4.0, 3.0], [1.0, 2.0, 30.0])
-        Ratio(median=1.5, low=1.0, high=2.0)
-        """
-        positive = [x for x in values if x > 0]
-        reference = [x for x in reference if x > 0]
-        if not positive or not reference:
-            return None
-        unit = statistics.median(reference)
-        return cls(statistics.median(positive) / unit, min(positive) / unit, max(positive) / unit)
+from lorakin.compare.arms import BASE, HEAD, MEMBER, Arm
+from lorakin.compare.constant import CONSTANT, constant_row
+from lorakin.compare.estimates import CONFIDENCE, Estimate, Ratio, holm
+from lorakin.compare.report_answers import Array, sign_of
+from lorakin.compare.results import DIVERGED, DONE, FAILED, TIMING, UNTRAINED, ResultRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +36,13 @@ class Standing:
         refused: why it cannot run; empty if it can.
         lr: its best learning rate.
         at_edge: whether the best rate is the lowest or highest that was tried.
-        quality: loss or accuracy on the report rows.
-        ahead: how much better it is than plain LoRA; positive is better for loss and accuracy.
+        quality: the measure on the report rows.
+        ahead: how much better it is than plain LoRA; positive is better, for a loss too.
+        over_constant, over_head: how much better it is than the best constant answer, and than
+            the head alone; None where there is no such thing.
         p: the corrected p-value of `ahead`.
-        share: the part of plain LoRA's improvement over the base that it reaches; None if that
-            improvement is within the noise.
+        share: the part of plain LoRA's improvement that it reaches, over the base or over a
+            constant answer, whichever is better; None if that improvement is within the noise.
         time: the time of a step, as a multiple of plain LoRA's.
         memory: the memory that training added, as a multiple of plain LoRA's.
     """
@@ -127,6 +55,8 @@ class Standing:
     at_edge: bool
     quality: Estimate | None = None
     ahead: Estimate | None = None
+    over_constant: Estimate | None = None
+    over_head: Estimate | None = None
     p: float = 1.0
     share: float | None = None
     time: Ratio | None = None
@@ -159,6 +89,8 @@ class Standing:
             "at_the_edge_of_the_sweep": self.at_edge,
             "quality": self.quality and self.quality.as_dict(),
             "ahead_of_plain": self.ahead and self.ahead.as_dict(),
+            "ahead_of_constant": self.over_constant and self.over_constant.as_dict(),
+            "ahead_of_head": self.over_head and self.over_head.as_dict(),
             "p": self.p if self.ahead is not None else None,
             "share_of_improvement": self.share,
             "trainable_parameters": self.trained,
@@ -173,44 +105,67 @@ class Standing:
 
 
 def standings_of(arms: Sequence[Arm], rows: Sequence[ResultRow], measure: str) -> list[Standing]:
-    """Returns where each arm stands, in the order of the arms.
+    """Returns where each arm stands, in the order of the arms, and the constant answer if any is.
 
     Args:
         arms: the first is plain LoRA.
         rows: the results.
-        measure: "loss" (less is better) or "accuracy" (more is better).
+        measure: "loss", or a metric that the rows have.
     """
-    sign = sign_of(measure)
-    reference = next_trials.rows_at_best_rate(arms[0].name, rows)
-    plain = _values(reference, measure)
-    base = _mean(_values(next_trials.rows_at_best_rate(BASE, rows), measure))
-    total = None  # plain LoRA's improvement over the base
-    if base is not None and plain:
-        improvement = Estimate.of([sign * (value - base) for value in plain.values()])
-        if improvement.mean > 0 and improvement.excludes_zero:
-            total = improvement.mean
-
+    constant = constant_row(rows, measure)
+    if constant is not None:
+        arms, rows = [*arms, CONSTANT], [*rows, constant]
+    plain, base, head, same = (
+        next_trials.rows_at_best_rate(name, rows)
+        for name in (arms[0].name, BASE, HEAD, CONSTANT.name)
+    )
     result = []
     for arm in arms:
         best = next_trials.rows_at_best_rate(arm.name, rows)
-        standing = _standing(arm, best, rows, measure)
-        if standing.quality is not None and total is not None and base is not None:
-            share = sign * (standing.quality.mean - base) / total
-            standing = dataclasses.replace(standing, share=share)
+        trains = arm.lr is not None
         result.append(
             dataclasses.replace(
-                standing,
-                ahead=None if arm is arms[0] else paired_difference(best, reference, measure),
-                time=Ratio.of(_figures(best, "step_work"), _figures(reference, "step_work")),
-                memory=Ratio.of(_figures(best, "peak_bytes"), _figures(reference, "peak_bytes")),
+                _standing(arm, best, rows, measure),
+                ahead=None if arm is arms[0] else paired_difference(best, plain, measure),
+                over_constant=paired_difference(best, same, measure) if trains else None,
+                over_head=paired_difference(best, head, measure)
+                if trains and arm.name != HEAD
+                else None,
+                time=Ratio.of(_figures(best, "step_work"), _figures(plain, "step_work")),
+                memory=Ratio.of(_figures(best, "peak_bytes"), _figures(plain, "peak_bytes")),
             )
         )
-    return _corrected(result)
+    return _corrected(_with_shares(result, plain, [base, same], measure))
+
+
+def _with_shares(
+    standings: Sequence[Standing],
+    plain: Sequence[ResultRow],
+    zeros: Sequence[Sequence[ResultRow]],
+    measure: str,
+) -> list[Standing]:
+    """Sets the shares of plain LoRA's improvement over the better one of the base and a constant.
+
+    They stay None if that improvement is within the noise.
+    """
+    sign = sign_of(measure)
+    known = [(sign * value, zero) for zero in zeros if (value := _mean(zero, measure)) is not None]
+    best, zero = max(known, key=lambda pair: pair[0], default=(0.0, []))
+    improvement = paired_difference(plain, zero, measure)
+    if improvement is None or improvement.mean <= 0 or not improvement.excludes_zero:
+        return list(standings)
+    total = improvement.mean
+    return [
+        s
+        if s.quality is None
+        else dataclasses.replace(s, share=(sign * s.quality.mean - best) / total)
+        for s in standings
+    ]
 
 
 def _standing(arm: Arm, best: list[ResultRow], rows: Sequence[ResultRow], measure: str) -> Standing:
-    """Returns the standing of an arm, without what compares it with plain LoRA."""
-    losses, values = next_trials.sweep_losses(arm.name, rows), _values(best, measure)
+    """Returns the standing of an arm, without what compares it with others."""
+    losses, by_seed = next_trials.sweep_losses(arm.name, rows), _by_seed(best, measure)
     best_rate, rates = next_trials.best_rate(losses), sorted(losses)
     return Standing(
         arm=arm,
@@ -221,7 +176,7 @@ def _standing(arm: Arm, best: list[ResultRow], rows: Sequence[ResultRow], measur
         refused=next_trials.refusal(arm, rows),
         lr=best_rate,
         at_edge=best_rate is not None and best_rate in (rates[0], rates[-1]),
-        quality=Estimate.of(list(values.values())) if values else None,
+        quality=_estimate(list(by_seed.values()), measure) if by_seed else None,
     )
 
 
@@ -233,23 +188,61 @@ def _corrected(standings: Sequence[Standing]) -> list[Standing]:
     return [dataclasses.replace(s, p=p.get(s.arm.name, 1.0)) for s in standings]
 
 
-def sign_of(measure: str) -> float:
-    """Returns 1 if more of the measure is better, −1 if less is."""
-    return 1.0 if measure == "accuracy" else -1.0
-
-
 def paired_difference(
     rows: Sequence[ResultRow], others: Sequence[ResultRow], measure: str
 ) -> Estimate | None:
-    """Returns how much better `rows` are than `others`, paired by seed.
+    """Returns how much better `rows` are than `others`, paired by seed and by draws of the rows.
 
-    None: no seed has a finished run in both.
+    What does not train has one row, which counts for every seed. None: no seed has a finished run
+    in both.
     """
-    values, references = _values(rows, measure), _values(others, measure)
-    seeds = sorted(values.keys() & references.keys())
+    first, second = _by_seed(rows, measure), _by_seed(others, measure)
+    if not first or not second:
+        return None
+    if _is_untrained(rows):
+        first = dict.fromkeys(second, next(iter(first.values())))
+    elif _is_untrained(others):
+        second = dict.fromkeys(first, next(iter(second.values())))
+    seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    return Estimate.of([sign_of(measure) * (values[seed] - references[seed]) for seed in seeds])
+    return _estimate([first[n] for n in seeds], measure, [second[n] for n in seeds])
+
+
+def _is_untrained(rows: Sequence[ResultRow]) -> bool:
+    return all(row.trial.stage == UNTRAINED for row in rows)
+
+
+def _estimate(
+    rows: Sequence[ResultRow], measure: str, others: Sequence[ResultRow] | None = None
+) -> Estimate:
+    """Returns the measure of runs, or how much better they are than others of the same seeds."""
+    values = np.array([_value(row, measure) for row in rows])
+    drawn = _drawn(rows, measure)
+    if others is not None:
+        sign = sign_of(measure)
+        values = sign * (values - [_value(row, measure) for row in others])
+        drawn_others = _drawn(others, measure)
+        fit = drawn is not None and drawn_others is not None
+        fit = fit and _row_count(rows) == _row_count(others)
+        drawn = sign * (drawn - drawn_others) if fit else None  # type: ignore[operator]
+    return Estimate.of([float(value) for value in values], drawn, _row_count(rows))
+
+
+def _row_count(rows: Sequence[ResultRow]) -> int:
+    """Returns the number of report rows that were answered; 0 if runs differ or kept no answers."""
+    counts = {len(row.answers.losses) if row.answers else 0 for row in rows}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def _drawn(rows: Sequence[ResultRow], measure: str) -> Array | None:
+    """Returns the mean measure of the runs under each draw of the report rows, (draws,)."""
+    found = [row.answers.drawn(measure) if row.answers else None for row in rows]
+    known = [draws for draws in found if draws is not None]
+    if len(known) < len(found) or not _row_count(rows):
+        return None
+    mean: Array = np.mean(known, axis=0)
+    return mean
 
 
 def leaders(standings: Sequence[Standing]) -> list[Standing]:
@@ -262,39 +255,20 @@ def leaders(standings: Sequence[Standing]) -> list[Standing]:
     return [s for _, s in sorted(ahead, key=lambda pair: -pair[0])]
 
 
-def holm(values: dict[str, float]) -> dict[str, float]:
-    """Corrects p-values for their number by Holm's procedure (Scand. J. Statist. 6, 1979).
-
-    scipy has no such function.
-
-    >>> holm({"a": 0.01, "b": 0.04})
-    {'a': 0.02, 'b': 0.04}
-    """
-    corrected, least = {}, 0.0
-    for position, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        least = max(least, min(1.0, (len(values) - position) * p))
-        corrected[name] = least
-    return corrected
+def _value(row: ResultRow, measure: str) -> float:
+    return (row.report or {}).get(measure, math.nan)
 
 
-def measure_of(rows: Sequence[ResultRow]) -> str:
-    """Returns what is compared: "accuracy" for classifiers, else "loss"."""
-    return "accuracy" if any(row.report and "accuracy" in row.report for row in rows) else "loss"
-
-
-def _values(rows: Sequence[ResultRow], measure: str) -> dict[int, float]:
-    """Returns seed → measure on the report rows, for runs that ended well."""
-    values = {
-        row.trial.seed: (row.report or {}).get(measure, math.nan)
-        for row in rows
-        if row.status == DONE
-    }
-    return {seed: value for seed, value in values.items() if math.isfinite(value)}
+def _by_seed(rows: Sequence[ResultRow], measure: str) -> dict[int, ResultRow]:
+    """Returns seed → its run, for runs that ended well and have the measure."""
+    done = (row for row in rows if row.status == DONE)
+    return {row.trial.seed: row for row in done if math.isfinite(_value(row, measure))}
 
 
 def _figures(rows: Sequence[ResultRow], name: str) -> list[float]:
     return [getattr(row, name) for row in rows if row.status == DONE and row.trial.stage != TIMING]
 
 
-def _mean(values: dict[int, float]) -> float | None:
-    return statistics.fmean(values.values()) if values else None
+def _mean(rows: Sequence[ResultRow], measure: str) -> float | None:
+    by_seed = _by_seed(rows, measure)
+    return statistics.fmean(_value(row, measure) for row in by_seed.values()) if by_seed else None

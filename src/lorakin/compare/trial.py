@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lorakin.compare import observe
+from lorakin.compare.report_answers import ReportAnswers
 from lorakin.compare.results import (
     DIVERGED,
     DONE,
@@ -146,11 +147,13 @@ def _train(job: TrialJob, row: ResultRow) -> ResultRow:
         return row
 
     importance, adapter = importance_in(prepared.out), prepared.adapter
+    report = _report(job, prepared)
     paths = list(adapter.placement.methods)
     return dataclasses.replace(
         row,
         tune=result.after.as_dict(),
-        report=_report(job, prepared).as_dict(),
+        report=report.as_dict(),
+        answers=ReportAnswers.of(report),
         trained=result.trainable_parameters,
         frozen=sum(p.numel() for p in adapter.parameters() if not p.requires_grad),
         adapter_bytes=result.adapter_bytes,
@@ -173,7 +176,13 @@ def _evaluate_untrained(job: TrialJob, row: ResultRow) -> ResultRow:
     prepared = train.prepare(job.recipe, Terminal())
     with prepared.adapter.disabled():
         tune, report = prepared.evaluate(), _report(job, prepared)
-    return dataclasses.replace(row, status=DONE, tune=tune.as_dict(), report=report.as_dict())
+    return dataclasses.replace(
+        row,
+        status=DONE,
+        tune=tune.as_dict(),
+        report=report.as_dict(),
+        answers=ReportAnswers.of(report),
+    )
 
 
 def _report(job: TrialJob, prepared: train.PreparedRun) -> Evaluation:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 
 from lorakin.compare.arms import BASE, CONTROL, FULL, HEAD, MEMBER, PLAIN
+from lorakin.compare.constant import CONSTANT
+from lorakin.compare.estimates import Estimate
+from lorakin.compare.figures import amount, interval, percent, plus_minus
+from lorakin.compare.learned import (
+    no_better_than_head,
+    nothing_learned,
+    said_of_constant_runs,
+    said_of_head,
+    said_of_nothing,
+)
 from lorakin.compare.results import DIVERGED
-from lorakin.compare.standings import Estimate, Standing, leaders, paired_difference
+from lorakin.compare.standings import Standing, leaders, paired_difference
 
 ENOUGH, THRIFTY, LEAN = 0.9, 0.5, 0.95
 """A method that reaches 90 % of plain LoRA's improvement is named as thrifty if it trains at most
@@ -20,79 +29,49 @@ def verdict(standings: Sequence[Standing], measure: str) -> list[str]:
 
     Args:
         standings: where the arms stand; the first is plain LoRA.
-        measure: "loss" or "accuracy".
+        measure: "loss", or the metric that decides.
     """
     reference = standings[0]
     if reference.quality is None:
         return [f"**There is nothing to compare with yet**: tuned {PLAIN} has no finished run."]
+    if nothing_learned(standings):
+        return [said_of_nothing(standings, measure), *_troubles(standings)]
     if reference.quality.count < 2:
         return [
             "**One seed cannot tell a difference from noise**, so this does not say which method "
             f"is better than tuned {PLAIN}; compare with --seeds 3 or more.",
+            *said_of_constant_runs(standings),
             *_troubles(standings),
         ]
     members = [s for s in standings if s.kind == MEMBER and s.ahead is not None]
+    by_head = no_better_than_head(standings)
     return [
         *_headroom(standings),
-        _leaders(members, reference.quality.count, measure),
+        *([said_of_head(standings, measure)] if by_head else []),
+        _leaders(members, reference.quality, measure),
         *_worse(members, measure),
-        *_thrifty(members, reference),
-        *_lean(members),
+        *([] if by_head else [*_thrifty(members, reference), *_lean(members)]),
+        *said_of_constant_runs(standings),
         *_controls(standings, measure),
         *_limits(standings, measure),
         *_troubles(standings),
     ]
 
 
-def amount(value: float, measure: str) -> str:
-    """Writes a value of the measure, or a difference of two.
-
-    >>> amount(0.105, "accuracy"), amount(1.23456, "loss")
-    ('10.5 points', '1.235')
-    """
-    return f"{100 * value:.1f} points" if measure == "accuracy" else f"{value:.3f}"
-
-
-def percent(share: float, digits: int = 0) -> str:
-    """Writes a share as a percentage.
-
-    >>> percent(0.974)
-    '97 %'
-    """
-    return f"{100 * share + 0.0:.{digits}f} %".replace("-0 %", "0 %")
-
-
-def interval(estimate: Estimate, measure: str) -> str:
-    """Writes the ends of the 95 % interval."""
-    low, high = estimate.mean - estimate.half_width, estimate.mean + estimate.half_width
-    return f"95 % interval {amount(low, measure)} to {amount(high, measure)}"
-
-
-def with_interval(estimate: Estimate, measure: str, signed: bool = False) -> str:
-    """Writes a value with half its interval, if it has one; `signed` is for differences.
-
-    >>> with_interval(Estimate(mean=-0.02, half_width=0.005, count=3, p=0.01), "loss", signed=True)
-    '−0.020 ± 0.005'
-    """
-    sign = ("−" if estimate.mean < 0 else "+") if signed else ""
-    mean = amount(abs(estimate.mean), measure)
-    if measure == "accuracy" and not signed:
-        mean = f"{100 * estimate.mean:.1f} %"
-    if not math.isfinite(estimate.half_width):
-        return f"{sign}{mean}"
-    return f"{sign}{mean} ± {amount(estimate.half_width, measure)}"
-
-
 def _headroom(standings: Sequence[Standing]) -> Iterator[str]:
     """Warns if plain LoRA learns nothing: then no method can be told from another."""
+    or_constant = ""
+    if any(s.arm.name == CONSTANT.name for s in standings):
+        or_constant = ", or than a constant answer,"
     if standings[0].share is None and any(s.arm.name == BASE and s.quality for s in standings):
         yield (
-            f"**Tuned {PLAIN} is not better than the untrained base by more than the noise**, so "
-            "this budget on this data cannot tell methods apart: train longer, or on more rows."
+            f"**Tuned {PLAIN} is not better than the untrained base{or_constant} by more than the "
+            "noise**, so this budget on this data cannot tell methods apart: train longer, or on "
+            "more rows."
         )
 
 
-def _leaders(members: Sequence[Standing], seeds: int, measure: str) -> str:
+def _leaders(members: Sequence[Standing], plain: Estimate, measure: str) -> str:
     """Says which methods beat plain LoRA."""
     if not members:
         return (
@@ -108,10 +87,9 @@ def _leaders(members: Sequence[Standing], seeds: int, measure: str) -> str:
         )
         lead = f"**Better than tuned {PLAIN} by more than the noise: {leads}.**"
     else:
-        limit = statistics.median(s.ahead.half_width for s in members if s.ahead)
         lead = (
-            f"**No method beats tuned {PLAIN} by more than the noise.** With {seeds} seeds, most "
-            f"differences below about {amount(limit, measure)} would not be seen."
+            f"**No method beats tuned {PLAIN} by more than the noise.** "
+            f"{_unseen(members, plain, measure)}"
         )
     perhaps = [
         f"{s.arm.title} ({amount(s.ahead.mean, measure)})"
@@ -124,6 +102,18 @@ def _leaders(members: Sequence[Standing], seeds: int, measure: str) -> str:
             "comparisons that can be chance; more seeds would tell."
         )
     return lead
+
+
+def _unseen(members: Sequence[Standing], plain: Estimate, measure: str) -> str:
+    """Says how large a difference would have been seen."""
+    limit = statistics.median(s.ahead.half_width for s in members if s.ahead)
+    if not limit:
+        return "Most of them answer every row as it does."
+    rows = f" and {plain.rows} rows to report on" if plain.rows else ""
+    return (
+        f"With {plain.count} seeds{rows}, most differences below about {amount(limit, measure)} "
+        "would not be seen."
+    )
 
 
 def _worse(members: Sequence[Standing], measure: str) -> Iterator[str]:
@@ -145,7 +135,7 @@ def _thrifty(members: Sequence[Standing], reference: Standing) -> Iterator[str]:
     frozen = least.done[0].frozen
     yield (
         f"{least.arm.title} reaches {percent(least.share or 0)} of tuned {PLAIN}'s improvement "
-        f"over the base with {percent(trained / reference.trained, 1)} of its trained parameters"
+        f"with {percent(trained / reference.trained, 1)} of its trained parameters"
         + (f", and stores {frozen:,} frozen ones." if frozen else ".")
     )
 
@@ -175,7 +165,7 @@ def _controls(standings: Sequence[Standing], measure: str) -> Iterator[str]:
         if difference is None or difference.count < 2:
             continue
         same = "they differ" if difference.excludes_zero else "they are the same within the noise"
-        title, by = explained.arm.title, _difference_in_words(difference, measure)
+        title, by = explained.arm.title, plus_minus(difference, measure)
         yield (
             f"In theory {title} is {control.arm.title} under Adam: here {same} "
             f"({title} is {_side(difference)} by {by})."
@@ -187,12 +177,8 @@ def _limits(standings: Sequence[Standing], measure: str) -> Iterator[str]:
         if s.arm.name in (FULL, HEAD) and s.ahead and s.ahead.count >= 2:
             noise = "" if s.ahead.excludes_zero else ", within the noise"
             side = "ahead of" if s.ahead.mean > 0 else "behind"
-            by = f"{_difference_in_words(s.ahead, measure)}{noise}"
+            by = f"{plus_minus(s.ahead, measure)}{noise}"
             yield f"{s.arm.title.capitalize()} is {side} tuned {PLAIN} by {by}."
-
-
-def _difference_in_words(difference: Estimate, measure: str) -> str:
-    return f"{amount(abs(difference.mean), measure)} ± {amount(difference.half_width, measure)}"
 
 
 def _side(difference: Estimate) -> str:

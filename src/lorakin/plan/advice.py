@@ -86,7 +86,7 @@ class Advice:
         weights = next(row.plan.weight_bytes for row in self.rows if row.plan is not None)
         kind = "a causal language model"
         if c.labels is not None:
-            kind = f"a classifier of {c.labels} classes"
+            kind = f"a classifier of {c.labels} classes" if c.labels > 1 else "a regression model"
         headline = (
             f"{self.model}, {kind} in {_name(c.dtype)} on {c.device}: {size(weights)}; "
             f"{c.batch_size} rows of {c.max_length} tokens"
@@ -181,7 +181,7 @@ def advise(
         rank: the rank of plain LoRA; the other methods have a comparable size (see
             `Member.comparable_settings`). None: each method has its default.
         settings: more settings, for the methods that have them.
-        labels: the number of a classifier's classes; None for a language model.
+        labels: the number of a classifier's classes, 1 for regression; None for a language model.
         dtype: "float32", "bfloat16", "float16", "base" or "auto".
         quantize: a key of `QUANTISED`, or None.
         device: "cpu" or "cuda"; None is what `lorakin train` would take.
@@ -248,7 +248,7 @@ def conditions_of(
     """
     for name in ("batch_size", "accumulate", "steps"):
         require(others[name] >= 1, f"{name} must be at least 1, not {others[name]}")
-    require(labels is None or labels >= 2, f"labels must be at least 2, not {labels}")
+    require(labels is None or labels >= 1, f"labels must be at least 1, not {labels}")
     require(device in (None, "cpu", "cuda"), f"device must be cpu or cuda, not {device!r}")
 
     classes = None if labels is None else [str(number) for number in range(labels)]

@@ -22,7 +22,8 @@ class Conditions:
         dtype: the dtype of the base model.
         device: "cpu" or "cuda". Both are rehearsed with the CPU's operations, which torch has
             everywhere.
-        labels: the number of a classifier's classes; None for a causal language model.
+        labels: the number of a classifier's classes, 1 for regression; None for a causal language
+            model.
         batch_size: the number of rows in a batch.
         max_length: the number of tokens in every row.
         accumulate: the number of batches in an optimizer step.

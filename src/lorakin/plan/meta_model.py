@@ -26,7 +26,12 @@ from lorakin.training.models import config_of
 from lorakin.training.precision import DTYPES, resolve_dtype
 
 
-def meta_model_of(name: str, dtype: str = "auto", labels: Sequence[str] | None = None) -> Any:
+def meta_model_of(
+    name: str,
+    dtype: str = "auto",
+    labels: Sequence[str] | None = None,
+    auto: str | None = None,
+) -> Any:
     """Returns the model of `load_model(name, dtype, labels)` on the meta device.
 
     Only the config is read; of a hub id only config.json is fetched.
@@ -35,6 +40,7 @@ def meta_model_of(name: str, dtype: str = "auto", labels: Sequence[str] | None =
         name: a packaged model, a `.gguf` file, a directory or a hub id.
         dtype: "float32", "bfloat16", "float16", "base" or "auto", as for `load_model`.
         labels: the classes of a classifier, in order; None for a causal language model.
+        auto: the name of the Auto class of the task, as for `load_model`.
 
     Raises:
         ModelError: there is no such model, or its config belongs to another kind of model.
@@ -42,10 +48,15 @@ def meta_model_of(name: str, dtype: str = "auto", labels: Sequence[str] | None =
     """
     config = config_of(name, labels)
     chosen = resolve_dtype(dtype, classification=labels is not None)
-    return meta_model(config, DTYPES.get(chosen), labels is not None)
+    return meta_model(config, DTYPES.get(chosen), labels is not None, auto)
 
 
-def meta_model(config: Any, dtype: torch.dtype | None = None, classifier: bool = False) -> Any:
+def meta_model(
+    config: Any,
+    dtype: torch.dtype | None = None,
+    classifier: bool = False,
+    auto: str | None = None,
+) -> Any:
     """Returns the model of a transformers config on the meta device.
 
     >>> config = transformers.GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)
@@ -56,21 +67,26 @@ def meta_model(config: Any, dtype: torch.dtype | None = None, classifier: bool =
         config: a transformers config.
         dtype: of the weights; None is the config's own.
         classifier: a classifier instead of a causal language model.
+        auto: the name of another Auto class.
 
     Raises:
         ModelError: the config belongs to no such model.
     """
-    auto = (
-        transformers.AutoModelForSequenceClassification
-        if classifier
-        else transformers.AutoModelForCausalLM
-    )
-    kind = "classifier" if classifier else "causal language model"
+    usual = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
+    kinds = {
+        "AutoModelForSequenceClassification": "classifier",
+        "AutoModelForCausalLM": "causal language model",
+    }
+    chosen = auto or usual
+    kind = kinds.get(chosen, chosen.removeprefix("AutoModelFor"))
+    loads = getattr(transformers, chosen)
     what = f"{type(config).__name__} is not the config of a {kind}"
     with loading.as_model_error(what), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
         return loading.model_from_config(
-            auto, copy.deepcopy(config), dtype=dtype or config.dtype or torch.float32
+            loads,
+            copy.deepcopy(config),
+            dtype=dtype or config.dtype or torch.float32,
         )
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from lorakin.compare.arms import CONTROL, FULL, MEMBER, PLAIN, REFERENCE
 from lorakin.compare.directory import REPORT, TRIALS
+from lorakin.compare.learned import nothing_learned
 from lorakin.compare.next_trials import sweep_losses
 from lorakin.compare.prepared_comparison import PreparedComparison
+from lorakin.compare.report_answers import DRAWS, LOSS, words_of
 from lorakin.compare.results import DONE, TIMING, ResultRow
-from lorakin.compare.standings import Standing, leaders, measure_of, standings_of
+from lorakin.compare.standings import Standing, leaders, standings_of
 from lorakin.compare.verdict import verdict
 from lorakin.family.method_words import axes_of
 from lorakin.report import heatmaps, page
@@ -47,7 +49,7 @@ class Findings:
 
 def findings_of(comparison_run: PreparedComparison) -> Findings:
     """Returns what the rows so far support."""
-    measure = measure_of(comparison_run.results.rows)
+    measure = comparison_run.measure
     standings = standings_of(comparison_run.arms, comparison_run.results.rows, measure)
     return Findings(measure, standings, verdict(standings, measure))
 
@@ -77,7 +79,7 @@ def html(comparison_run: PreparedComparison, findings: Findings) -> str:
     tables: list[Block] = [arms_table(findings.standings, findings.measure)]
     tables += [troubles] if troubles else []
     sections = [
-        Section("Verdict", [Paragraph(*findings.verdict), _to_use(comparison_run, findings)]),
+        Section("Verdict", [Paragraph(*findings.verdict), *_to_use(comparison_run, findings)]),
         Section("All arms", tables),
         Section("Quality against cost", _costs(findings)),
         Section("Learning", list(_curves(comparison_run, findings))),
@@ -88,8 +90,10 @@ def html(comparison_run: PreparedComparison, findings: Findings) -> str:
     return page.render(TITLE, subtitle, [section for section in sections if section.blocks])
 
 
-def _to_use(comparison_run: PreparedComparison, findings: Findings) -> Code:
-    """Returns the command that trains the method that the verdict points to."""
+def _to_use(comparison_run: PreparedComparison, findings: Findings) -> Iterator[Block]:
+    """Yields the command that trains the method that the verdict points to, if one learned."""
+    if nothing_learned(findings.standings):
+        return
     best = next(iter(leaders(findings.standings)), findings.standings[0])
     options, steps = comparison_run.comparison, comparison_run.steps(best.arm.name)
     arguments = ["lorakin", "train", "--model", options.model, "--data", options.data]
@@ -102,7 +106,7 @@ def _to_use(comparison_run: PreparedComparison, findings: Findings) -> Code:
     arguments += ["--steps", str(steps)]
     for name, value in options.recipe.items():
         arguments += as_options(name, value)
-    return Code(
+    yield Code(
         f"To train {best.arm.title} like this on all rows. The adapters of the runs above are in "
         f"`{comparison_run.out / TRIALS}`.",
         command(*arguments, "--out", "adapter"),
@@ -212,8 +216,8 @@ def _titled(s: Standing, figure: Figure) -> Figure:
 def _method(comparison_run: PreparedComparison, findings: Findings) -> Paragraph:
     """Says how the comparison was made."""
     options, parts = comparison_run.comparison, comparison_run.parts
-    rows = comparison_run.results.rows
-    counts = {int(row.report["count"]) for row in rows if row.report and findings.measure == "loss"}
+    rows, plain = comparison_run.results.rows, findings.standings[0].quality
+    counts = {int(row.report["count"]) for row in rows if row.report and "perplexity" in row.report}
     answers = f", which have {max(counts):,} answer tokens" if counts else ""
     left_out = f" Left out: {parts.left_out}." if parts.left_out else ""
     devices = sorted({row.device for row in rows if row.device})
@@ -221,21 +225,39 @@ def _method(comparison_run: PreparedComparison, findings: Findings) -> Paragraph
     return Paragraph(
         f"**Data**: {parts.train:,} rows to train on, {parts.tune} to choose learning rates by, "
         f"{parts.report} to report on; the same for all arms.{left_out} The table's figures are "
-        f"measured on the rows to report on{answers}.",
+        f"measured on the rows to report on{answers}. What decides is "
+        f"{_decides(findings.measure)}.",
         _budget(comparison_run, findings),
         f"**Learning rate**: {_rates(comparison_run)}",
         f"**Size**: rank {options.rank} and alpha {options.alpha:g} for plain {PLAIN}. The other "
         "methods have a comparable rank and scale: a budget of ranks ends at that rank, and a pair "
         "that is drawn at random keeps its usual rank.",
-        "**Intervals** are Student's t over the seeds. They show how much a result depends on the "
-        "random start and the order of the rows, but not how much it depends on which rows were "
-        "held out. Differences are taken between runs of the same seed, which makes them narrower. "
-        "A method is called better only if its paired t-test, corrected by Holm for the number of "
-        "methods, is below 5 %.",
+        _intervals(plain.rows if plain else 0),
         "**Memory** is what training added to its process. For full fine-tuning that includes the "
         "base, which is kept beside the trained copy. **Time** is the median step of a run; on a "
         f"CPU, which trials share, the processor's own time. {done} of {len(rows)} trials ended "
         f"well, on {', '.join(devices)}.",
+    )
+
+
+def _decides(measure: str) -> str:
+    return "the loss" if measure == LOSS else f"{words_of(measure)} (--metric chooses another)"
+
+
+def _intervals(rows: int) -> str:
+    """Says what the intervals cover; `rows` is the number of rows whose draw they cover, or 0."""
+    seeds = "how much a result depends on the random start and the order of the rows"
+    covers = (
+        f"cover the seeds ({seeds}; Student's t) and the draw of the {rows} rows to report on "
+        f"(drawn again {DRAWS} times, the same for all runs); the two are added in squares"
+        if rows
+        else f"are Student's t over the seeds: {seeds}, but not on which rows were held out"
+    )
+    paired = "seed and on the same draws of the rows" if rows else "seed"
+    return (
+        f"**Intervals** (95 %) {covers}. Differences are taken between runs of the same {paired}, "
+        "which makes them narrower. A method is called better only if the test that belongs to "
+        "that interval, corrected by Holm for the number of methods, is below 5 %."
     )
 
 

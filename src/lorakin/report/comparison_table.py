@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 from lorakin.compare.arms import CONTROL, LIMIT, MEMBER, PLAIN, REFERENCE
-from lorakin.compare.standings import Estimate, Ratio, Standing
-from lorakin.compare.verdict import percent, with_interval
+from lorakin.compare.estimates import Estimate, Ratio
+from lorakin.compare.figures import percent, with_interval
+from lorakin.compare.report_answers import sign_of, words_of
+from lorakin.compare.standings import Standing
 from lorakin.report.page import Cell, Column, Table, TableRow, Value
 
 
@@ -16,7 +18,7 @@ def arms_table(standings: Sequence[Standing], measure: str) -> Table:
 
     Args:
         standings: where the arms stand.
-        measure: "loss" or "accuracy".
+        measure: "loss", or the metric that decides.
     """
     order = sorted(standings, key=lambda s: _badness(s, measure))
     methods = (s for s in order if s.kind in (REFERENCE, MEMBER) and s.quality is not None)
@@ -30,7 +32,7 @@ def arms_table(standings: Sequence[Standing], measure: str) -> Table:
 
 
 def _columns(measure: str) -> list[Column]:
-    better = "more" if measure == "accuracy" else "less"
+    better = "more" if sign_of(measure) > 0 else "less"
     return [
         Column(
             "arm",
@@ -38,15 +40,19 @@ def _columns(measure: str) -> list[Column]:
             numeric=False,
         ),
         Column(
-            measure,
-            "Mean and 95 % interval over the seeds, on the held-out rows to report on; "
+            words_of(measure),
+            "Mean over the seeds with its 95 % interval, on the held-out rows to report on; "
             f"{better} is better.",
         ),
         Column(
             "ahead",
             f"How much better than tuned {PLAIN}, seed by seed, with its 95 % interval.",
         ),
-        Column("share", f"The part of {PLAIN}'s improvement over the base that the arm reaches."),
+        Column(
+            "share",
+            f"The part of {PLAIN}'s improvement that the arm reaches, over the base or over a "
+            "constant answer, whichever is better.",
+        ),
         Column("best lr", "The learning rate with the lowest loss on the tuning rows."),
         Column("trained", "The number of trained parameters."),
         Column("frozen", "How many parameters the adapter stores but never trains."),

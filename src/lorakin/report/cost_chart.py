@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import altair as alt
 
 from lorakin.compare.arms import MEMBER, REFERENCE
-from lorakin.compare.standings import Standing, sign_of
+from lorakin.compare.report_answers import is_share, sign_of, words_of
+from lorakin.compare.standings import Standing
 from lorakin.report.page import Column, Figure, Table
 from lorakin.report.vega import MUTED, data, tooltip
 
@@ -64,14 +65,17 @@ def pareto(shown: Sequence[Standing], cost: Cost, measure: str) -> Figure:
     important = [p for kind in (REFERENCE, MEMBER) for p in points if p["kind"] == kind]
     names = _names([*front, *important, *points], points, cost.scale)
     chart = alt.layer(*_layers(points, front, cost, measure), *names)
-    columns = [Column("arm", numeric=False), *map(Column, (cost.title, measure, "low", "high"))]
+    columns = [
+        Column("arm", numeric=False),
+        *map(Column, (cost.title, words_of(measure), "low", "high")),
+    ]
     cells = [[point[key] for key in ("arm", "cost", "mean", "low", "high")] for point in points]
     return Figure(
         f"Quality against {cost.title.partition(',')[0]}",
-        "Each arm's mean with its 95 % interval over the seeds. The arms on the dashed line are "
+        "Each arm's mean with its 95 % interval. The arms on the dashed line are "
         f"better than all cheaper ones: {', '.join(point['arm'] for point in front)}.",
         chart.properties(width="container", height=HEIGHT),
-        Table(f"Held-out {measure} and {cost.title}", columns, cells),
+        Table(f"Held-out {words_of(measure)} and {cost.title}", columns, cells),
     )
 
 
@@ -92,11 +96,11 @@ def _points(shown: Sequence[Standing], cost: Cost) -> Iterator[dict[str, Any]]:
 
 def _layers(points: Points, front: Points, cost: Cost, measure: str) -> list[alt.Chart]:
     """Draws the dashed line, the intervals and the points."""
-    title = f"held-out {measure}"
-    x, y = _axes(cost, title, ".0%" if measure == "accuracy" else ".3~f")
+    title = f"held-out {words_of(measure)}"
+    x, y = _axes(cost, title, ".0%" if is_share(measure) else ".3~f")
     low = alt.Y("low:Q", title=title)
     tips = ["arm:N", "kind:N", tooltip("cost", cost.title, ",.4~g")]
-    tips.append(tooltip("mean", measure, ".4~f"))
+    tips.append(tooltip("mean", words_of(measure), ".4~f"))
     kind = {"color": alt.Color("kind:N", title=None), "shape": alt.Shape("kind:N", title=None)}
 
     dashes = alt.Chart(data(front)).mark_line(

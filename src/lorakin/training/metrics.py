@@ -35,11 +35,15 @@ class MetricValue:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A function of (right answers, given answers, weights of the rows), and what is better."""
+    """A function of (right answers, given answers, weights of the rows), and what is better.
+
+    A metric that `is_share` lies between 0 and 1, and is written in per cent and points.
+    """
 
     name: str
     of: Callable[[Array, Array, Array], float]
     higher_is_better: bool = True
+    is_share: bool = False
 
 
 def _sklearn(name: str, **options: Any) -> Callable[[Array, Array, Array], float]:
@@ -77,15 +81,15 @@ def _spearman(right: Array, given: Array, weights: Array) -> float:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", _sklearn("accuracy_score")),
-        Metric("f1", _f1),
+        Metric("accuracy", _sklearn("accuracy_score"), is_share=True),
+        Metric("f1", _f1, is_share=True),
         Metric("matthews", _sklearn("matthews_corrcoef")),
         Metric("pearson", _pearson),
         Metric("spearman", _spearman),
         Metric("mean_absolute_error", _sklearn("mean_absolute_error"), higher_is_better=False),
-        Metric("micro_f1", _sklearn("f1_score", average="micro", zero_division=0.0)),
-        Metric("macro_f1", _sklearn("f1_score", average="macro", zero_division=0.0)),
-        Metric("exact_match", _sklearn("accuracy_score")),
+        Metric("micro_f1", _sklearn("f1_score", average="micro", zero_division=0.0), is_share=True),
+        Metric("macro_f1", _sklearn("f1_score", average="macro", zero_division=0.0), is_share=True),
+        Metric("exact_match", _sklearn("accuracy_score"), is_share=True),
     )
 }
 

@@ -16,7 +16,7 @@ from lorakin.training.tasks.sequence import Classification, MultiLabel, Regressi
 from lorakin.training.tasks.task import Evaluation, RowAnswers, Task
 from lorakin.training.tasks.tokens import TokenClassification
 
-__all__ = ["Evaluation", "RowAnswers", "Task", "task_for", "task_of_model"]
+__all__ = ["Evaluation", "RowAnswers", "Task", "kind_of_task", "task_for", "task_of_model"]
 
 WITH_LABELS: dict[str, Any] = {
     task.word: task for task in (Classification, MultiLabel, Regression, TokenClassification)
@@ -48,6 +48,22 @@ def task_for(rows: DataRows, labels: Sequence[str] | None = None, config: Any = 
             f"and a {type(config).__name__} describes none; leave --task out"
         )
     return Seq2Seq() if has_encoder or rows.task == SEQ2SEQ else Language()
+
+
+def kind_of_task(word: str, config: Any = None) -> type[Task]:
+    """Returns the class of the task that `--task` calls `word`.
+
+    >>> kind_of_task("classification").metrics, kind_of_task("language").metrics
+    (('accuracy', 'f1', 'matthews'), ())
+
+    Args:
+        word: one of `formats.TASKS`.
+        config: the model's, as for `task_for`.
+    """
+    if word in WITH_LABELS:
+        kind: type[Task] = WITH_LABELS[word]
+        return kind
+    return Seq2Seq if word == SEQ2SEQ or is_seq2seq(config) else Language
 
 
 def task_of_model(rows: DataRows, model: Any, word: str | None = None) -> Task:

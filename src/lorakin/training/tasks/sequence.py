@@ -118,7 +118,7 @@ class SequenceTask(Task):
             len(by_row),
             figures(self.metrics, right, given, intervals),
             loss_interval=mean_interval(by_row, ones) if intervals else None,
-            answers=RowAnswers(by_row, ones, expected, answered),
+            answers=RowAnswers(by_row, ones, expected, answered, numbers=(right, given)),
         )
 
     def rendered(self, example: Row, tokenizer: Any) -> RichText:

@@ -33,6 +33,8 @@ class RowAnswers:
         right, given: the right and the given answer of each row, as text; empty for a language
             model, which is only asked for its loss.
         where: each row's place in the data, if it is known.
+        numbers: the right and the given answers as the metrics take them, (rows,) or
+            (rows, classes) each; None for a language model.
     """
 
     losses: npt.NDArray[Any]
@@ -40,6 +42,7 @@ class RowAnswers:
     right: list[str] = dataclasses.field(default_factory=list)
     given: list[str] = dataclasses.field(default_factory=list)
     where: list[str] = dataclasses.field(default_factory=list)
+    numbers: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

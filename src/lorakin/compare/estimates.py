@@ -1,0 +1,140 @@
+"""Means over seeds with their intervals and tests, and ratios of times and memory.
+
+Other seeds would have given other figures, and so would other rows to report on. An interval covers
+both: with h the half width that each of the two would have alone, by Student's t,
+
+    half width = √(h_seeds² + h_rows²)          (Zou and Donner, Statist. Med. 27, 2008)
+
+So it is never narrower than the interval over the seeds. Adding variances instead, with the
+degrees of freedom of Welch and Satterthwaite, covers less than it says where seeds are few.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+
+from scipy import optimize, stats
+
+from lorakin.compare.report_answers import Array
+
+CONFIDENCE = 0.95
+LEAST_P = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval and a test against zero.
+
+    Attributes:
+        mean: the mean over the seeds.
+        half_width: half the width of the interval; infinite for one seed.
+        count: the number of seeds.
+        p: two-sided p-value of the mean against 0, for which the interval ends at 0; 1 for one
+            seed. Without draws of the rows it is that of Student's t-test.
+        rows: the number of rows whose draw the interval covers; 0 if it covers the seeds alone.
+    """
+
+    mean: float
+    half_width: float
+    count: int
+    p: float
+    rows: int = 0
+
+    @classmethod
+    def of(cls, values: Sequence[float], draws: Array | None = None, rows: int = 0) -> Estimate:
+        """Returns the estimate from the values, one for each seed; there is at least one.
+
+        >>> estimate = Estimate.of([1.0, 2.0, 3.0])
+        >>> f"{estimate.mean:.1f} ± {estimate.half_width:.3f}, p = {estimate.p:.3f}"
+        '2.0 ± 2.484, p = 0.074'
+
+        Args:
+            values: one for each seed.
+            draws: their mean under each draw of the report rows, if it is known.
+            rows: the number of those rows.
+        """
+        mean, count = statistics.fmean(values), len(values)
+        if count < 2:
+            return cls(mean, math.inf, count, 1.0)
+        errors = [(statistics.stdev(values) / math.sqrt(count), count - 1)]
+        if draws is not None and rows > 1:
+            errors.append((float(draws.std(ddof=1)), rows - 1))
+        half = _half_width(errors, 1 - CONFIDENCE)
+        return cls(mean, half, count, _p_value(mean, errors), rows if len(errors) > 1 else 0)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside the interval."""
+        return abs(self.mean) > self.half_width
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Returns the estimate for `--json`."""
+        half_width = self.half_width if math.isfinite(self.half_width) else None
+        figures = {"mean": self.mean, "half_width": half_width, "seeds": self.count}
+        return figures | ({"rows": self.rows} if self.rows else {})
+
+
+Errors = Sequence[tuple[float, int]]
+"""Standard errors of independent causes, with their degrees of freedom."""
+
+
+def _half_width(errors: Errors, alpha: float) -> float:
+    """Returns half the width of the interval that misses with probability `alpha`."""
+    return math.hypot(*(error * float(stats.t.isf(alpha / 2, df)) for error, df in errors))
+
+
+def _p_value(mean: float, errors: Errors) -> float:
+    """Returns the probability `alpha` for which the interval around the mean ends at 0."""
+    if not any(error for error, _ in errors):
+        return 0.0 if mean else 1.0
+
+    def gap(alpha: float) -> float:
+        return _half_width(errors, alpha) - abs(mean)
+
+    return float(optimize.brentq(gap, LEAST_P, 1.0)) if gap(LEAST_P) > 0 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """A time or memory as a multiple of plain LoRA's.
+
+    Attributes:
+        median: the median of the arm's runs over the median of plain LoRA's.
+        low, high: the lowest and the highest of the arm's runs over the same median.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], reference: Sequence[float]) -> Ratio | None:
+        """Returns the ratio; None if one of the two has no positive value.
+
+        >>> Ratio.of([2.0, 4.0, 3.0], [1.0, 2.0, 30.0])
+        Ratio(median=1.5, low=1.0, high=2.0)
+        """
+        positive = [x for x in values if x > 0]
+        reference = [x for x in reference if x > 0]
+        if not positive or not reference:
+            return None
+        unit = statistics.median(reference)
+        return cls(statistics.median(positive) / unit, min(positive) / unit, max(positive) / unit)
+
+
+def holm(values: dict[str, float]) -> dict[str, float]:
+    """Corrects p-values for their number by Holm's procedure (Scand. J. Statist. 6, 1979).
+
+    scipy has no such function.
+
+    >>> holm({"a": 0.01, "b": 0.04})
+    {'a': 0.02, 'b': 0.04}
+    """
+    corrected, least = {}, 0.0
+    for position, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(values) - position) * p))
+        corrected[name] = least
+    return corrected

@@ -101,6 +101,8 @@ def recipe(
             steps=STEPS,
             save_every=1,
             settings=SETTINGS.get(words, {}),
+            eval_every=1,
+            keep="best" if len(words) % 2 else "last",
         )
 
     return make

@@ -91,12 +91,16 @@ def command(
 
 
 def _show(served: Served, console: Terminal) -> None:
+    lines: dict[tuple[str, str], list[str]] = {}
     for row in served.rows:
         several = ", several in one server" if row["several"] else ""
         reasons = row["reasons"]
         why = f" ({'; '.join(reasons)})" if isinstance(reasons, list) and reasons else ""
         how = {"adapter": "beside the base", "merged": "merged"}.get(str(row["served"]), "no")
-        console.print(labelled(f"{row['engine']:<13} ", f"{row['adapter']}: {how}{several}{why}"))
+        line = str(row["engine"]), f"{how}{several}{why}"
+        lines.setdefault(line, []).append(str(row["adapter"]))
+    for (engine, said), names in lines.items():
+        console.print(labelled(f"{engine:<13} ", f"{', '.join(names)}: {said}"))
     console.print(labelled(f"{'ask':<13} ", served.engine.asking(served.launch)))
     environment = [f"{key}={value}" for key, value in served.environment.items()]
     words = " ".join([*environment, shlex.join(served.command)])

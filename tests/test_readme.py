@@ -49,7 +49,7 @@ def test_the_commands_run(
     ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = commands("lorakin")
-    assert len(lines) == 17
+    assert len(lines) == 18
     monkeypatch.setattr(
         "sys.stdin", io.StringIO("What is 1 plus 1?\n/base\n/compare\n")
     )  # for chat

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakin.cli.answering import MaxNewTokens
 from lorakin.cli.options import (
     Dtype,
     Json,
@@ -28,6 +29,7 @@ EXAMPLES = examples(
     "lorakin evaluate --model smollm2 --data held_out.jsonl --json",
     "lorakin evaluate --model minilm --adapter a --adapter b --data held_out.jsonl",
     "lorakin evaluate --model minilm --adapter a --data held_out.jsonl --predictions answers.jsonl",
+    "lorakin evaluate --model smollm2 --adapter a --data held_out.jsonl --generate",
 )
 
 
@@ -53,6 +55,15 @@ def command(
             show_default=False, help="A new JSONL file for what was answered beside what is right."
         ),
     ] = None,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate",
+            help="Also write the answers, and compare them with all that the data has to a prompt: "
+            "BLEU, chrF, exact match.",
+        ),
+    ] = False,
+    max_new_tokens: MaxNewTokens = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens per row; longer rows are cut.")
@@ -72,18 +83,16 @@ def command(
     """
     from lorakin.training import predictions as answers_file
     from lorakin.training.evaluate import evaluate_rows
+    from lorakin.training.sampling import Sampling
 
     adapters: list[str | None] = list(adapter or ()) or [None]
     if predictions is not None:
         answers_file.check(predictions, adapters)
     layout = flags.pop("format", None)
-    found = [
-        evaluate_rows(
-            model, name, data, batch_size=batch_size, max_length=max_length, loss_on=loss_on,
-            dtype=dtype, other_base=other_base, layout=layout, **flags,
-        )
-        for name in adapters
-    ]  # fmt: skip
+    sampling = Sampling(max_new_tokens) if generate else None
+    settings = {"batch_size": batch_size, "max_length": max_length, "loss_on": loss_on}
+    settings |= {"dtype": dtype, "other_base": other_base, "sampling": sampling, **flags}
+    found = [evaluate_rows(model, name, data, layout=layout, **settings) for name in adapters]
     if predictions is not None:
         answers_file.write(predictions, found[0])
     if as_json:

@@ -15,8 +15,10 @@ from lorakin.training.limits import check_rows, position_count, row_length, warn
 from lorakin.training.metrics import MetricValue
 from lorakin.training.models import Loaded, stored_labels
 from lorakin.training.reading import DataRows, read_rows
+from lorakin.training.sampling import Sampling
 from lorakin.training.tasks import Evaluation, task_of_model
 from lorakin.training.with_adapter import load_with_adapter
+from lorakin.training.written import write_answers
 
 
 def described(evaluation: Evaluation) -> str:
@@ -27,12 +29,13 @@ def described(evaluation: Evaluation) -> str:
     >>> described(Evaluation(loss=0.5, count=40, metrics={"accuracy": MetricValue(0.75)}))
     'accuracy 0.750, loss 0.500 over 40 rows'
     """
-    loss = str(MetricValue(evaluation.loss, *(evaluation.loss_interval or ())))
+    loss = f"loss {MetricValue(evaluation.loss, *(evaluation.loss_interval or ()))}"
     count = f"{evaluation.count:,}"
-    if evaluation.perplexity is not None:
-        return f"loss {loss}, perplexity {evaluation.perplexity:.2f} over {count} answer tokens"
-    named = [f"{name.replace('_', ' ')} {figure}" for name, figure in evaluation.metrics.items()]
-    return f"{', '.join([*named, f'loss {loss}'])} over {count} rows"
+    named = [f"{name.replace('_', ' ')} {value}" for name, value in evaluation.metrics.items()]
+    if evaluation.perplexity is None:
+        return f"{', '.join([*named, loss])} over {count} rows"
+    line = f"{loss}, perplexity {evaluation.perplexity:.2f} over {count} answer tokens"
+    return "; ".join([line, ", ".join(named)] if named else [line])
 
 
 def evaluate_rows(
@@ -50,6 +53,7 @@ def evaluate_rows(
     other_base: bool = False,
     quantize: str | None = None,
     task: str | None = None,
+    sampling: Sampling | None = None,
 ) -> Evaluation:
     """Evaluates a model, with an adapter or without, on all rows of a data set.
 
@@ -65,6 +69,7 @@ def evaluate_rows(
         dtype, quantize: as for `load_model`.
         other_base: as for `load_with_adapter`.
         task: the word of the task; by default it is detected.
+        sampling: how to write answers to the prompts and compare them; None leaves that out.
 
     Raises:
         ModelError: the model computes NaN or infinity.
@@ -72,6 +77,8 @@ def evaluate_rows(
     """
     require(loss_on in LOSS_ON, f"loss_on must be {', '.join(LOSS_ON)}, not {loss_on!r}")
     rows = read_rows(name, columns, layout, task)
+    if sampling is not None and rows.has_labels:
+        raise DataError(f"--generate compares answers in words, and {rows.name} has labels")
     loaded = _loaded_for(rows, model, adapter, dtype, other_base, quantize)
     tokenizer = loaded.tokenizer
     length = row_length(position_count(loaded.model), max_length)
@@ -90,7 +97,12 @@ def evaluate_rows(
     answers = evaluation.answers
     assert answers is not None
     answers = dataclasses.replace(answers, where=encoded.where)
-    return dataclasses.replace(evaluation, answers=answers)
+    if sampling is None:
+        return dataclasses.replace(evaluation, answers=answers)
+    written = write_answers(loaded, rows, sampling, batch_size, chat_template is not False)
+    if len(written.right) == len(answers.where):  # no row was dropped
+        answers = dataclasses.replace(answers, right=written.right, given=written.given)
+    return dataclasses.replace(evaluation, answers=answers, metrics=written.metrics)
 
 
 def _loaded_for(

@@ -130,9 +130,9 @@ def figures(
     found = {name: METRICS[name].of(right, given, ones) for name in names}
     if not intervals or rows < 2:
         return {name: MetricValue(value) for name, value in found.items()}
-    draws = np.random.default_rng(0).multinomial(rows, ones / rows, size=DRAWS)
+    draws = draws_of(rows)
     return {
-        name: MetricValue(value, *_interval([METRICS[name].of(right, given, w) for w in draws]))
+        name: MetricValue(value, *interval([METRICS[name].of(right, given, w) for w in draws]))
         for name, value in found.items()
     }
 
@@ -147,12 +147,25 @@ def mean_interval(totals: Array, counts: Array) -> tuple[float, float]:
         totals: a sum of each row, such as its loss: (rows,).
         counts: of how many things, such as tokens: (rows,).
     """
-    rows = len(totals)
-    draws = np.random.default_rng(0).multinomial(rows, np.ones(rows) / rows, size=DRAWS)
-    return _interval((draws @ totals) / np.maximum(draws @ counts, 1))
+    draws = draws_of(len(totals))
+    return interval((draws @ totals) / np.maximum(draws @ counts, 1))
 
 
-def _interval(values: Sequence[float] | Array) -> tuple[float, float]:
+def draws_of(rows: int) -> Array:
+    """Returns how often each row is in each draw of as many rows, always the same: (draws, rows).
+
+    >>> draws_of(3).sum(1)[:4].tolist()
+    [3, 3, 3, 3]
+    """
+    return np.random.default_rng(0).multinomial(rows, np.ones(rows) / rows, size=DRAWS)
+
+
+def interval(values: Sequence[float] | Array) -> tuple[float, float]:
+    """Returns the middle 95 % of values.
+
+    >>> interval([1.0, 1.0, 1.0])
+    (1.0, 1.0)
+    """
     low, high = np.quantile(np.asarray(values), [0.025, 0.975])
     return float(low), float(high)
 

@@ -59,7 +59,7 @@ def read_prompts(
         blank = {column: "" for column in answers if question.get(column) is None}
         try:
             content = formats.read(row_format, {**question, **blank}, mapped=bool(columns))
-            prompt = _without_answer(content)
+            prompt = without_answer(content)
         except DataError as error:
             raise DataError(
                 f"{name}, row {number}: {error} (format {row_format.name}). The row: "
@@ -109,7 +109,7 @@ def _format(rows: Sequence[Mapping[str, Any]], name: str, chosen: str | None) ->
     return best
 
 
-def _without_answer(content: Content) -> Conversation | PlainText:
+def without_answer(content: Content) -> Conversation | PlainText:
     """Returns what is asked: without the messages or the text of the answer.
 
     Raises:

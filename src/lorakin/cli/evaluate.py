@@ -90,7 +90,11 @@ def command(
         answers_file.check(predictions, adapters)
     layout = flags.pop("format", None)
     sampling = Sampling(max_new_tokens) if generate else None
-    settings = {"batch_size": batch_size, "max_length": max_length, "loss_on": loss_on}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "loss_on": loss_on,
+    }
     settings |= {"dtype": dtype, "other_base": other_base, "sampling": sampling, **flags}
     found = [evaluate_rows(model, name, data, layout=layout, **settings) for name in adapters]
     if predictions is not None:

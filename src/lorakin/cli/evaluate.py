@@ -33,36 +33,41 @@ EXAMPLES = examples(
 )
 
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        show_default=False,
+        help="An adapter's directory or hub id; without one, the base alone. Several are "
+        "compared with the first, row by row.",
+    ),
+]
+Predictions = Annotated[
+    Path | None,
+    typer.Option(
+        show_default=False, help="A new JSONL file for what was answered beside what is right."
+    ),
+]
+Generate = Annotated[
+    bool,
+    typer.Option(
+        "--generate",
+        help="Also write the answers, and compare them with all that the data has to a prompt: "
+        "BLEU, chrF, exact match.",
+    ),
+]
+
+
 @recipe_options("columns", "format", "chat_template", "quantize", "task")
 def command(
     model: Model,
     data: Annotated[
         list[str], typer.Option("--data", "-d", help=f"Rows to evaluate on. {DATA_HELP}")
     ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            show_default=False,
-            help="An adapter's directory or hub id; without one, the base alone. Several are "
-            "compared with the first, row by row.",
-        ),
-    ] = None,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(
-            show_default=False, help="A new JSONL file for what was answered beside what is right."
-        ),
-    ] = None,
-    generate: Annotated[
-        bool,
-        typer.Option(
-            "--generate",
-            help="Also write the answers, and compare them with all that the data has to a prompt: "
-            "BLEU, chrF, exact match.",
-        ),
-    ] = False,
+    adapter: Adapters = None,
+    predictions: Predictions = None,
+    generate: Generate = False,
     max_new_tokens: MaxNewTokens = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     max_length: Annotated[

@@ -9,7 +9,11 @@ import typer
 from typer.testing import CliRunner
 
 from lorakin.cli.recipe_options import ALL_FIELDS, recipe_options
+from lorakin.compare.arms import LIMIT, MEMBER, REFERENCE, Arm
+from lorakin.compare.estimates import Estimate
+from lorakin.compare.standings import Standing
 from lorakin.report.comparison_page import as_options
+from lorakin.report.comparison_table import arms_table
 
 
 @pytest.mark.parametrize(
@@ -39,3 +43,23 @@ def test_options_to_copy_read_as_the_field(name: str, value: Any) -> None:
     result = CliRunner().invoke(app, as_options(name, value), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert seen == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("measure", "names"),
+    [
+        ("matthews", ["b", "a", "c"]),
+        ("f1", ["b", "a", "c"]),
+        ("mean_absolute_error", ["c", "a", "b"]),
+    ],
+)
+def test_the_best_arm_comes_first_whatever_decides(measure: str, names: list[str]) -> None:
+    standings = [
+        Standing(
+            Arm(name, name, kind, "lora", 8, 2.0, lr=1e-3), [], [], "", 1e-3, False,
+            quality=Estimate(mean, 0.0, 2, 1.0),
+        )
+        for name, kind, mean in (("a", REFERENCE, 0.5), ("b", MEMBER, 0.9), ("c", LIMIT, -0.1))
+    ]  # fmt: skip
+    table = arms_table(standings, measure)
+    assert [row.cells[0] for row in table.table_rows] == names

@@ -14,7 +14,7 @@ def amount(value: float, measure: str) -> str:
     >>> amount(0.105, "accuracy"), amount(1.23456, "loss"), amount(0.12, "matthews")
     ('10.5 points', '1.235', '0.120')
     """
-    return f"{100 * value:.1f} points" if is_share(measure) else f"{value:.3f}"
+    return f"{100 * value:.1f} points" if is_share(measure) else f"{value:.3f}".replace("-", "−")
 
 
 def level(value: float, measure: str) -> str:

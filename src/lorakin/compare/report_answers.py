@@ -20,6 +20,7 @@ from lorakin.training.metrics import METRICS
 from lorakin.training.tasks import Evaluation
 
 LOSS = "loss"
+CORRELATIONS = ("matthews", "pearson", "spearman")
 DRAWS = 200
 """How often the rows are drawn again: enough for a standard error to within about 5 %."""
 MOST_NUMBERS = 200_000
@@ -46,9 +47,11 @@ def is_share(measure: str) -> bool:
 def words_of(measure: str) -> str:
     """Returns the measure's name as people see it.
 
-    >>> words_of("micro_f1")
-    'micro F1'
+    >>> words_of("micro_f1"), words_of("matthews")
+    ('micro F1', 'Matthews correlation')
     """
+    if measure in CORRELATIONS:
+        return f"{measure.capitalize()} correlation"
     return measure.replace("_", " ").replace("f1", "F1")
 
 

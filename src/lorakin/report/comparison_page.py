@@ -130,7 +130,9 @@ def as_options(name: str, value: Any) -> list[str]:
 
 
 def _costs(findings: Findings) -> list[Block]:
-    """Returns charts of quality against cost, for the arms that train."""
+    """Returns charts of quality against cost, for the arms that train, if any learned."""
+    if nothing_learned(findings.standings):
+        return []
     shown = [s for s in findings.standings if s.done and s.quality and s.lr is not None]
     parameters = {s.arm.name: float(s.trained or 0) for s in shown}
     memory = {s.arm.name: s.memory.median for s in shown if s.memory}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lorakin.compare.arms import CONTROL, LIMIT, MEMBER, PLAIN, REFERENCE
 from lorakin.compare.estimates import Estimate, Ratio
 from lorakin.compare.figures import percent, with_interval
+from lorakin.compare.learned import nothing_learned
 from lorakin.compare.report_answers import sign_of, words_of
 from lorakin.compare.standings import Standing
 from lorakin.report.page import Cell, Column, Table, TableRow, Value
@@ -22,12 +23,14 @@ def arms_table(standings: Sequence[Standing], measure: str) -> Table:
     """
     order = sorted(standings, key=lambda s: _badness(s, measure))
     methods = (s for s in order if s.kind in (REFERENCE, MEMBER) and s.quality is not None)
-    best = next(methods, None)
+    best = None if nothing_learned(standings) else next(methods, None)
     rows = [TableRow(_cells(s, measure), _mark(s, best)) for s in order]
-    note = (
-        "**best** is the best mean. It need not be better than the next by more than the noise: "
-        "see the verdict."
-    )
+    note = ""
+    if best is not None:
+        note = (
+            "**best** is the best mean. It need not be better than the next by more than the "
+            "noise: see the verdict."
+        )
     return Table("Every arm at its own best learning rate", _columns(measure), rows, note)
 
 
@@ -73,7 +76,7 @@ def _badness(s: Standing, measure: str) -> float:
     """Sorts the best arm first, and arms without a figure last."""
     if s.quality is None:
         return math.inf
-    return -s.quality.mean if measure == "accuracy" else s.quality.mean
+    return -sign_of(measure) * s.quality.mean
 
 
 def _mark(s: Standing, best: Standing | None) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-from conftest import tiny_llama
+import lorakin as lk
+from conftest import tiny_bert, tiny_llama
 from lorakin.cli.app import run
 from lorakin.family import FAMILY
 from lorakin.plan import advice
@@ -164,3 +166,21 @@ def test_quantised_bases_are_smaller(model: str, capsys: pytest.CaptureFixture[s
     assert row["weight_bytes"] == pytest.approx(
         4 * (numbers - linear) + linear * 4.127 / 8, abs=200
     )  # and rotary tables
+
+
+@pytest.mark.parametrize("labels", [1, 2, 5])
+def test_a_classifier_and_a_regression_train_what_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], labels: int
+) -> None:
+    """The trained parameters of PEFT's kind of LoRA with the head of transformers' own class."""
+    config = tiny_bert().config
+    config.save_pretrained(tmp_path)
+    arguments = ("--model", str(tmp_path), "--method", "lora", "--labels", str(labels))
+    (row,) = planned(capsys, *arguments)["methods"]
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig.from_dict({**config.to_dict(), "num_labels": labels})
+    )
+    adapter = lk.adapt(model, lk.LoRA(rank=16), modules_to_save=["classifier"])
+    trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    assert row["trainable_parameters"] == trained
+    assert run(["plan", *arguments[:4], "--labels", "0"]) == 2

@@ -100,3 +100,21 @@ def test_directions_and_units() -> None:
     assert sign_of("loss") == sign_of("mean_absolute_error") == -1
     shares = [n for n in ("accuracy", "f1", "macro_f1", "matthews", "loss") if is_share(n)]
     assert shares == ["accuracy", "f1", "macro_f1"]
+
+
+def test_words_are_drawn_with_their_rows() -> None:
+    right, given = [0, 1, 1, 2, 0, 1], [0, 1, 0, 2, 0, 0]
+    counts = [3, 1, 2]
+    kept = ReportAnswers([1.0, 2.0, 3.0], counts, right, given)
+    found = kept.drawn("macro_f1")
+    assert found is not None
+    for n, times in enumerate(_draws(3)[:20]):
+        words = np.repeat(np.arange(6), np.repeat(times, counts))
+        expected = sklearn.metrics.f1_score(
+            np.array(right)[words], np.array(given)[words], average="macro", zero_division=0.0,
+            labels=[0, 1, 2],
+        )  # fmt: skip
+        assert found[n] == pytest.approx(expected)
+    same = ReportAnswers([1.0, 2.0, 3.0], counts, right, [0] * 6)
+    assert same.is_constant
+    assert not kept.is_constant

@@ -135,3 +135,12 @@ def test_a_class_for_each_word(bert_dir: str, tmp_path: Path) -> None:
     found = result_of(arguments(bert_dir, data, out, **{**SMALL, "methods": "lora", "seeds": "1"}))
     assert found["measure"] == "macro_f1"
     assert not [row for row in rows_of(out) if row.status in (FAILED, REFUSED)]
+    words = 3 * len((out / "data" / "report.jsonl").read_text().splitlines())
+    for row in rows_of(out):
+        assert row.report is not None
+        assert row.answers is not None
+        right, given = row.answers.numbers
+        assert row.report["count"] == len(right) == words
+        f1 = sklearn.metrics.f1_score(right, given, average="macro", zero_division=0.0)
+        assert row.report["macro_f1"] == pytest.approx(f1)
+    assert found["arms"][-1]["arm"] == "constant"

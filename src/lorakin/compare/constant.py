@@ -47,7 +47,9 @@ def constant_row(rows: Sequence[ResultRow], measure: str) -> ResultRow | None:
     if name is None:
         return None
     right, _ = row.answers.numbers
-    losses = _losses(right, row.report)
+    items, counts = _losses(right, row.report), np.asarray(row.answers.counts, int)
+    rows_of = np.repeat(np.arange(len(counts)), counts) if row.answers.is_by_item else None
+    losses = items if rows_of is None else np.bincount(rows_of, items, minlength=len(counts))
     ones = np.ones(len(right))
     metric = METRICS[name]
     try:
@@ -56,9 +58,14 @@ def constant_row(rows: Sequence[ResultRow], measure: str) -> ResultRow | None:
     except ValueError:  # the answers of a file that was edited, which are no classes
         return None
     best = int(np.argmax(sign_of(name) * np.asarray(values)))
-    figures = {name: values[best], LOSS: float(losses.mean()), "count": float(len(right))}
+    figures = {name: values[best], LOSS: float(items.mean()), "count": float(len(right))}
     given = answers[best].ravel()
-    kept = ReportAnswers(list(losses), [], row.answers.right, [float(x) for x in given])
+    kept = ReportAnswers(
+        [float(x) for x in losses],
+        row.answers.counts if rows_of is not None else [],
+        row.answers.right,
+        [float(x) for x in given],
+    )
     trial = Trial(CONSTANT.name, UNTRAINED, None, 0)
     return ResultRow(trial, DONE, report=figures, answers=kept)
 
@@ -90,7 +97,7 @@ def _answers(right: Array, report: dict[str, float]) -> Iterator[Array]:
 
 
 def _losses(right: Array, report: dict[str, float]) -> Array:
-    """Returns each row's loss of the constant with the lowest: the classes' shares, or the mean."""
+    """Returns each answer's loss of the best constant: the shares of classes, or the mean."""
     if _is_regression(report):
         squares: Array = (right - right.mean()) ** 2
         return squares

@@ -62,8 +62,8 @@ class ReportAnswers:
     Attributes:
         losses: the loss of each row, summed over its items.
         counts: each row's number of items, such as answer tokens; empty if each row is one.
-        right, given: the right and the given answers as numbers, row after row; with several
-            classes, one number for each class. Empty for a language model.
+        right, given: the right and the given answers as numbers, row after row: one for each row,
+            each item or, with several classes, each class. Empty for a language model.
     """
 
     losses: list[Figure]
@@ -98,14 +98,19 @@ class ReportAnswers:
             rows > 1
             and len(self.counts) in (0, rows)
             and len(self.given) == numbers
-            and numbers % rows == 0
+            and (numbers % rows == 0 or self.is_by_item)
         )
+
+    @property
+    def is_by_item(self) -> bool:
+        """Whether each item of a row, such as a word, has an answer of its own."""
+        return bool(self.counts) and len(self.right) == sum(self.counts)
 
     @functools.cached_property
     def numbers(self) -> tuple[Array, Array]:
         """The right and the given answers as the metrics take them."""
         classes = len(self.right) // len(self.losses)
-        shape = (len(self.losses), classes) if classes > 1 else (-1,)
+        shape = (len(self.losses), classes) if classes > 1 and not self.is_by_item else (-1,)
         right, given = (np.asarray(x, float).reshape(shape) for x in (self.right, self.given))
         return right, given
 
@@ -114,7 +119,7 @@ class ReportAnswers:
         """Whether every row got one answer, where several are right."""
         if not self.right:
             return False
-        right, given = (x.reshape(len(self.losses), -1) for x in self.numbers)
+        right, given = (x.reshape(len(x), -1) for x in self.numbers)
         return bool((given == given[0]).all() and (right != right[0]).any())
 
     def drawn(self, measure: str) -> Array | None:
@@ -138,6 +143,8 @@ class ReportAnswers:
         import sklearn  # which takes half a second
 
         right, given = self.numbers
+        if self.is_by_item:
+            draws = np.repeat(draws, self.counts, axis=1)
         try:
             with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
                 return np.array([METRICS[measure].of(right, given, weights) for weights in draws])

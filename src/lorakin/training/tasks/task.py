@@ -33,8 +33,8 @@ class RowAnswers:
         right, given: the right and the given answer of each row, as text; empty for a language
             model, which is only asked for its loss.
         where: each row's place in the data, if it is known.
-        numbers: the right and the given answers as the metrics take them, (rows,) or
-            (rows, classes) each; None for a language model.
+        numbers: the right and the given answers as the metrics take them, (rows,), (rows, classes)
+            or (words,) each; None for a language model.
     """
 
     losses: npt.NDArray[Any]

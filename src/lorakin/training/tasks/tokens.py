@@ -122,6 +122,7 @@ class TokenClassification(Task):
                 counts,
                 [self._written(right[n]) for n in back],
                 [self._written(given[n]) for n in back],
+                numbers=(flat_right, flat_given),
             ),
         )
 

@@ -58,11 +58,13 @@ def with_interval(estimate: Estimate, measure: str, signed: bool = False) -> str
 
     >>> with_interval(Estimate(mean=-0.02, half_width=0.005, count=3, p=0.01), "loss", signed=True)
     '−0.020 ± 0.005'
+    >>> with_interval(Estimate(mean=0.622, half_width=0.099, count=3, p=0.01), "accuracy")
+    '62.2 ± 9.9 %'
     """
     if signed:
-        mean = f"{'−' if estimate.mean < 0 else '+'}{amount(abs(estimate.mean), measure)}"
-    else:
-        mean = level(estimate.mean, measure)
+        return f"{'−' if estimate.mean < 0 else '+'}{plus_minus(estimate, measure)}"
+    mean = level(estimate.mean, measure)
     if not math.isfinite(estimate.half_width):
         return mean
-    return f"{mean} ± {amount(estimate.half_width, measure)}"
+    unit = " %" if is_share(measure) else ""
+    return f"{mean.removesuffix(unit)} ± {level(estimate.half_width, measure)}"

@@ -130,3 +130,13 @@ def test_a_language_model_has_no_constant() -> None:
     standings = standings_of([LORA], rows, "loss")
     assert [s.arm.name for s in standings] == ["lora"]
     assert standings[0].over_constant is None
+
+
+def test_runs_that_learned_are_not_nothing_where_seeds_differ_much() -> None:
+    """One seed learned more than the other: that noise is not the question here."""
+    standings = found(run("lora", GOOD, BETTER), run("vera", ALWAYS, ALWAYS))
+    assert standings[0].over_constant is not None
+    assert not standings[0].over_constant.excludes_zero
+    assert "Nothing was learned" not in verdict(standings, "accuracy")[0]
+    one_seed = found(run("lora", GOOD), run("vera", ALWAYS))
+    assert "One seed" in verdict(one_seed, "accuracy")[0]

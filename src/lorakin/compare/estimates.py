@@ -35,6 +35,8 @@ class Estimate:
         p: two-sided p-value of the mean against 0, for which the interval ends at 0; 1 for one
             seed. Without draws of the rows it is that of Student's t-test.
         rows: the number of rows whose draw the interval covers; 0 if it covers the seeds alone.
+        half_of_rows: half the width of the interval over draws of the rows, for these seeds alone;
+            infinite if it is not known.
     """
 
     mean: float
@@ -42,6 +44,7 @@ class Estimate:
     count: int
     p: float
     rows: int = 0
+    half_of_rows: float = math.inf
 
     @classmethod
     def of(cls, values: Sequence[float], draws: Array | None = None, rows: int = 0) -> Estimate:
@@ -57,13 +60,16 @@ class Estimate:
             rows: the number of those rows.
         """
         mean, count = statistics.fmean(values), len(values)
-        if count < 2:
-            return cls(mean, math.inf, count, 1.0)
-        errors = [(statistics.stdev(values) / math.sqrt(count), count - 1)]
+        of_rows = []
         if draws is not None and rows > 1:
-            errors.append((float(draws.std(ddof=1)), rows - 1))
+            of_rows = [(float(draws.std(ddof=1)), rows - 1)]
+        half_of_rows = _half_width(of_rows, 1 - CONFIDENCE) if of_rows else math.inf
+        if count < 2:
+            return cls(mean, math.inf, count, 1.0, half_of_rows=half_of_rows)
+        errors = [(statistics.stdev(values) / math.sqrt(count), count - 1), *of_rows]
         half = _half_width(errors, 1 - CONFIDENCE)
-        return cls(mean, half, count, _p_value(mean, errors), rows if len(errors) > 1 else 0)
+        p = _p_value(mean, errors)
+        return cls(mean, half, count, p, rows if of_rows else 0, half_of_rows)
 
     @property
     def excludes_zero(self) -> bool:

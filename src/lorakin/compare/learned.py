@@ -1,7 +1,12 @@
-"""Says when there is nothing to rank: models that answer as a constant does, or as a head alone."""
+"""Says when there is nothing to rank: models that answer as a constant does, or as a head alone.
+
+Whether the models that were trained are better than a constant is a question about these models, so
+the noise here is that of the rows alone. Whether other seeds would have learned is another one.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from lorakin.compare.arms import MEMBER, PLAIN, REFERENCE
@@ -18,17 +23,14 @@ def constant_runs(s: Standing) -> int:
 
 
 def nothing_learned(standings: Sequence[Standing]) -> bool:
-    """Returns whether no arm is better than a constant answer by more than the noise.
-
-    With one seed noise is unknown, and only what answers all rows alike has learned nothing.
-    """
+    """Returns whether no arm's runs are better than a constant answer by more than the noise."""
     trained = [s for s in _trained(standings) if s.over_constant is not None]
     return bool(trained) and not any(_learned(s) for s in trained)
 
 
 def no_better_than_head(standings: Sequence[Standing]) -> bool:
     """Returns whether no method is better than the head alone by more than the noise."""
-    known = [s for s in _methods(standings) if s.over_head and s.over_head.count > 1]
+    known = [s for s in _methods(standings) if s.over_head]
     return bool(known) and not any(_is_above(s.over_head) for s in known)
 
 
@@ -81,13 +83,18 @@ def _methods(standings: Sequence[Standing]) -> list[Standing]:
 
 
 def _learned(s: Standing) -> bool:
-    if s.over_constant is not None and s.over_constant.count > 1:
-        return _is_above(s.over_constant)
-    return constant_runs(s) < len(s.done)
+    return constant_runs(s) < len(s.done) and _is_above(s.over_constant)
 
 
 def _is_above(difference: Estimate | None) -> bool:
-    return difference is not None and difference.mean > 0 and difference.excludes_zero
+    """Returns whether these runs are better by more than other rows would have changed.
+
+    Where that is not known, the interval over the seeds decides.
+    """
+    if difference is None:
+        return False
+    known = math.isfinite(difference.half_of_rows)
+    return difference.mean > (difference.half_of_rows if known else difference.half_width)
 
 
 def _best(standings: Sequence[Standing], over: str) -> Standing:

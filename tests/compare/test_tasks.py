@@ -40,7 +40,7 @@ def pairs(label: Any, count: int = 120) -> list[dict[str, Any]]:
 def test_pairs_with_several_classes(bert_dir: str, tmp_path: Path) -> None:
     data = written(tmp_path / "rows.jsonl", pairs(lambda n: ["x", "y", "z"][: 1 + n % 3]))
     out = tmp_path / "out"
-    found = result_of(arguments(bert_dir, data, out, **SMALL))
+    found = result_of(arguments(bert_dir, data, out, **SMALL, seeds="1"))
     assert found["measure"] == "micro_f1"
     names = [arm["arm"] for arm in found["arms"]]
     assert names == ["lora", "lora-fa", "base", "head", "full", "constant"]
@@ -53,7 +53,7 @@ def test_pairs_with_several_classes(bert_dir: str, tmp_path: Path) -> None:
         right, given = row.answers.numbers
         f1 = sklearn.metrics.f1_score(right, given, average="micro", zero_division=0.0)
         assert row.report["micro_f1"] == pytest.approx(f1)
-    kept = next(row for row in rows if row.trial.arm == "lora-fa" and row.trial.seed == 1)
+    kept = next(row for row in rows if row.trial.arm == "lora-fa")
     adapter, report = (out / directory.TRIALS / kept.trial.name, out / directory.DATA)
     again = evaluate_rows(bert_dir, str(adapter), str(report / "report.jsonl"))
     assert kept.report is not None

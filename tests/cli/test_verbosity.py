@@ -89,7 +89,8 @@ def test_the_shell_completes(typed: str, offered: list[str]) -> None:
 
 def test_completion_is_installed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from lorakin.cli import main; main()"]
-    home = os.environ | {"HOME": str(tmp_path)}
+    # Without this, typer takes the shell that runs the tests, if there is one.
+    home = os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     done = subprocess.run([*command, "--install-completion", "bash"], env=home, timeout=60)
     assert done.returncode == 0
     script = (tmp_path / ".bash_completions" / "lorakin.sh").read_text()

@@ -95,12 +95,12 @@ def counted(
 
 CEILINGS = {
     "lora": (6, 8),
-    "lora, dropout": (6, 8),
+    "lora, dropout": (6, 9),
     "lora-fa": (6, 7),
     "vera": (8, 11),
     "vera, dropout": (9, 14),
     "dora": (13, 14),
-    "dora, dropout": (16, 15),
+    "dora, dropout": (16, 16),
     "adalora": (7, 11),
 }
 """The library's own layer launches 4 + 4: scales (2), the weight, the product."""

@@ -13,11 +13,11 @@ from lorakin.compare.report_answers import (
     DRAWS,
     MOST_NUMBERS,
     ReportAnswers,
-    _draws,
     is_share,
     sign_of,
 )
 from lorakin.compare.results import DONE, SEED, ResultRow, Trial
+from lorakin.training.metrics import draws_of
 from lorakin.training.tasks import Evaluation, RowAnswers
 
 RIGHT = [0.0, 1, 1, 0, 1, 1, 0, 1]
@@ -40,7 +40,7 @@ def test_a_draw_is_the_metric_of_the_rows_that_were_drawn() -> None:
         found = kept.drawn(measure)
         assert found is not None
         assert found.shape == (DRAWS,)
-        for n, times in enumerate(_draws(8)[:20]):
+        for n, times in enumerate(draws_of(8, DRAWS)[:20]):
             right, given = (np.repeat(x, times) for x in (RIGHT, GIVEN))
             assert found[n] == pytest.approx(of(right, given), abs=1e-9)
 
@@ -48,7 +48,7 @@ def test_a_draw_is_the_metric_of_the_rows_that_were_drawn() -> None:
 def test_a_language_model_s_draw_is_a_mean_over_tokens() -> None:
     found = ReportAnswers([2.0, 9.0, 1.0], [1, 3, 2]).drawn("loss")
     assert found is not None
-    for n, times in enumerate(_draws(3)[:20]):
+    for n, times in enumerate(draws_of(3, DRAWS)[:20]):
         assert found[n] == pytest.approx(times @ [2, 9, 1] / (times @ [1, 3, 2]))
     assert ReportAnswers([2.0, 9.0], [1, 3]).drawn("accuracy") is None
 
@@ -108,7 +108,7 @@ def test_words_are_drawn_with_their_rows() -> None:
     kept = ReportAnswers([1.0, 2.0, 3.0], counts, right, given)
     found = kept.drawn("macro_f1")
     assert found is not None
-    for n, times in enumerate(_draws(3)[:20]):
+    for n, times in enumerate(draws_of(3, DRAWS)[:20]):
         words = np.repeat(np.arange(6), np.repeat(times, counts))
         expected = sklearn.metrics.f1_score(
             np.array(right)[words], np.array(given)[words], average="macro", zero_division=0.0,

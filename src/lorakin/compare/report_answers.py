@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorakin.storage.schema import Check, Count
-from lorakin.training.metrics import METRICS
+from lorakin.training.metrics import METRICS, draws_of
 from lorakin.training.tasks import Evaluation
 
 LOSS = "loss"
@@ -133,7 +133,7 @@ class ReportAnswers:
         return {}
 
     def _draw(self, measure: str) -> Array | None:
-        draws = _draws(len(self.losses))
+        draws = draws_of(len(self.losses), DRAWS)
         if measure == LOSS:
             counts = np.asarray(self.counts or np.ones(len(self.losses)), float)
             found: Array = draws @ np.asarray(self.losses) / np.maximum(draws @ counts, 1)
@@ -150,13 +150,6 @@ class ReportAnswers:
                 return np.array([METRICS[measure].of(right, given, weights) for weights in draws])
         except ValueError:  # the answers of a file that was edited, which are no classes
             return None
-
-
-@functools.lru_cache(maxsize=4)
-def _draws(rows: int) -> Array:
-    """Returns how often each row is in each draw, (draws, rows)."""
-    draws: Array = np.random.default_rng(0).multinomial(rows, np.ones(rows) / rows, size=DRAWS)
-    return draws
 
 
 def _short(value: float) -> float:

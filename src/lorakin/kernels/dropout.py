@@ -158,7 +158,7 @@ class DropoutInKernels(DropoutDraw):
         if not triton_operators.fit(x, down, rank=len(down)):
             return super().product(x, down)
         parts = torch.ops.lorakin.dropped_product(x, down, self.seed, self.threshold)
-        return self._summed(parts, x.dtype)
+        return triton_operators.sum_of_parts(parts, x.dtype)
 
     def down_gradient(
         self, back: Tensor, x: Tensor, scale: float, entries: Tensor | None = None
@@ -166,13 +166,7 @@ class DropoutInKernels(DropoutDraw):
         if not triton_operators.fit(back, x, rank=back.shape[1]):
             return super().down_gradient(back, x, scale, entries)
         parts = torch.ops.lorakin.dropped_down_gradient(back, x, scale, self.seed, self.threshold)
-        return self._summed(parts, x.dtype)
-
-    @staticmethod
-    def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the sum over `parts`, which has the dtype already if there is only one."""
-        summed: Tensor = parts[0] if len(parts) == 1 else torch.ops.lorakin.summed(parts, dtype)
-        return summed
+        return triton_operators.sum_of_parts(parts, x.dtype)
 
     def input_gradient(
         self,

@@ -43,7 +43,7 @@ def gain_gradient(
         parts, gained, _ = torch.ops.lorakin.gain_gradient(
             delta, multiplied, bias, gain_minus_one, False
         )
-        return _sum_of_parts(parts).to(dtype), gained
+        return triton_operators.sum_of_parts(parts, dtype), gained
     without_bias = multiplied if bias is None else multiplied - bias
     sums = sum_of_rows(delta * without_bias, dtype)
     return sums, torch.addcmul(delta, delta, gain_minus_one)
@@ -62,13 +62,9 @@ def dropped_gain_gradient(
         parts, gained, less = torch.ops.lorakin.gain_gradient(
             delta, multiplied, None, gain_minus_one, True
         )
-        return _sum_of_parts(parts).to(dtype), gained, less
+        return triton_operators.sum_of_parts(parts, dtype), gained, less
     less = delta * gain_minus_one
     return sum_of_rows(delta * multiplied, dtype), delta + less, less
-
-
-def _sum_of_parts(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def _row_norms(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor | None:

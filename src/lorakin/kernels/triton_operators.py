@@ -134,6 +134,14 @@ def parts_of_down_gradient(rows: int) -> int:
     return max(1, _blocks(rows, ROWS_OF_A_PART))
 
 
+def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the sum, in `dtype`, of what an operator computed in parts, the first dimension."""
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    summed: Tensor = torch.ops.lorakin.summed(parts, dtype)
+    return summed
+
+
 def parts_of(rows: int, outputs: int) -> tuple[int, int]:
     """Returns how a sum over rows is cut: the rows of a part, and the number of parts.
 

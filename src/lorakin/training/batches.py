@@ -107,12 +107,25 @@ def row_losses(outputs: Any, labels: Tensor) -> Tensor:
         outputs: a model's, with logits of shape (rows, positions, vocabulary).
         labels: of a batch of `AnswerCollator`.
     """
-    following = labels[:, 1:].to(outputs.logits.device)
-    logits = outputs.logits[:, : following.shape[1]].float()
+    following = labels[:, 1:]
+    return label_losses(outputs.logits[:, : following.shape[1]], following).sum(1)
+
+
+def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross-entropy of each label, in float32, 0 where it is `IGNORED`.
+
+    >>> label_losses(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORED]]))
+    tensor([[1.3863, 0.0000]])
+
+    Args:
+        logits: (rows, positions, classes).
+        labels: (rows, positions).
+    """
+    labels = labels.to(logits.device)
     losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return losses.view(following.shape).sum(1)
+    return losses.view(labels.shape)
 
 
 def answer_loss(
@@ -168,7 +181,7 @@ def class_loss(
     return total / count
 
 
-def smoothed(loss: Callable[..., Tensor] | None, share: float) -> Callable[..., Tensor] | None:
+def smoothed(loss: Callable[..., Tensor], share: float) -> Callable[..., Tensor]:
     """Returns a loss with label smoothing, which transformers leaves to a loss of one's own.
 
     >>> smoothed(answer_loss, 0.1).keywords
@@ -183,7 +196,7 @@ def smoothed(loss: Callable[..., Tensor] | None, share: float) -> Callable[..., 
     """
     if not share:
         return loss
-    if loss is None or "label_smoothing" not in inspect.signature(loss).parameters:
+    if "label_smoothing" not in inspect.signature(loss).parameters:
         raise SettingError(
             f"label_smoothing {share:g} needs a task with one right label of several, and this one "
             "has none; leave it out"

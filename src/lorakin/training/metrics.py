@@ -7,6 +7,7 @@ the rows. Weights make the bootstrap cheap: a row that is drawn three times has 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -151,13 +152,16 @@ def mean_interval(totals: Array, counts: Array) -> tuple[float, float]:
     return interval((draws @ totals) / np.maximum(draws @ counts, 1))
 
 
-def draws_of(rows: int) -> Array:
+@functools.lru_cache(maxsize=4)
+def draws_of(rows: int, draws: int = DRAWS) -> Array:
     """Returns how often each row is in each draw of as many rows, always the same: (draws, rows).
 
     >>> draws_of(3).sum(1)[:4].tolist()
     [3, 3, 3, 3]
     """
-    return np.random.default_rng(0).multinomial(rows, np.ones(rows) / rows, size=DRAWS)
+    drawn: Array = np.random.default_rng(0).multinomial(rows, np.ones(rows) / rows, size=draws)
+    drawn.setflags(write=False)  # it is kept for the next call
+    return drawn
 
 
 def interval(values: Sequence[float] | Array) -> tuple[float, float]:

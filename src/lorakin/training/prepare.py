@@ -80,7 +80,7 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
 
     rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task)
     check_meant(recipe, rows)
-    train_rows, held_rows = _held_out(recipe, rows)
+    train_rows, held_rows = held_out_rows(recipe, rows)
     task = task_for(rows, recipe.labels, config_of(recipe.model))
     show_rows(console, rows, held_rows)
 
@@ -202,7 +202,7 @@ def check_meant(recipe: Recipe, rows: DataRows) -> None:
         )
 
 
-def _held_out(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
+def held_out_rows(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
     """Returns the rows to train on and the rows to evaluate on."""
     if recipe.eval_data is None:
         return reading.split(rows, recipe.holdout, recipe.seed)

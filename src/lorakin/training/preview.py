@@ -16,6 +16,7 @@ from lorakin.training.alarms import repeated, row_key
 from lorakin.training.batches import Row
 from lorakin.training.chat_templates import use_template
 from lorakin.training.models import config_of, load_tokenizer
+from lorakin.training.prepare import check_meant, held_out_rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.tasks import Task, task_for
 from lorakin.training.token_labels import IGNORED
@@ -86,21 +87,17 @@ def preview(recipe: Recipe) -> Preview:
         LorakinError: the data cannot be read or does not suit the model.
     """
     rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task)
+    check_meant(recipe, rows)
+    train_rows, held_rows = held_out_rows(recipe, rows)
     config = config_of(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     task = task_for(rows, recipe.labels, config)
     if task.labels is None:
         use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
     length = limits.row_length(limits.position_count_of_config(config), recipe.max_length)
-    options = {"loss_on": recipe.loss_on}
-
-    train_rows, held_rows = reading.split(rows, recipe.holdout, recipe.seed)
-    if recipe.eval_data is not None:
-        named = rows.task if rows.has_labels else None
-        held = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format, named)
-        train_rows, held_rows = rows, held
     train, held_out = (
-        task.encode(part, tokenizer, length, **options) for part in (train_rows, held_rows)
+        task.encode(part, tokenizer, length, loss_on=recipe.loss_on)
+        for part in (train_rows, held_rows)
     )
     # Without --eval-data the rows that are held out are rows of this data too.
     parts = [train] if recipe.eval_data is not None else [train, held_out]

@@ -46,11 +46,9 @@ def probe_batches(run: PreparedRun, share: float = 1.0, most: int | None = None)
     return [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
 
 
-def probe_loss(run: PreparedRun) -> Callable[[Any, Batch], Tensor] | None:
-    """Returns the loss of a model on such a batch; None for the loss that the model computes."""
+def probe_loss(run: PreparedRun) -> Callable[[Any, Batch], Tensor]:
+    """Returns the loss of a model on such a batch."""
     loss = run.task.loss
-    if loss is None:
-        return None
 
     def of_batch(model: Any, batch: Batch) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}

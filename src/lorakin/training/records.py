@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lorakin.errors import DataError
@@ -63,6 +63,17 @@ class Record:
                 "numbers"
             )
         return label_text(value)
+
+    def check_known(
+        self, named: Iterable[str], labels: Collection[str], what: str = "label"
+    ) -> None:
+        """Checks that the row's classes are among `labels`.
+
+        Raises:
+            DataError: one is not.
+        """
+        if unknown := [label for label in named if label not in labels]:
+            raise DataError(f"{self.where}: {what} {unknown[0]!r} is none of {', '.join(labels)}")
 
     def tags(self) -> list[str]:
         """Returns the names of the words' classes.

@@ -69,8 +69,8 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
         return loss
 
 
-def loss_of(run: PreparedRun) -> Callable[..., torch.Tensor] | None:
-    """Returns the loss of a batch; None for the one that the model computes.
+def loss_of(run: PreparedRun) -> Callable[..., torch.Tensor]:
+    """Returns the loss of a batch.
 
     Raises:
         SettingError: label smoothing for a loss that cannot have it.

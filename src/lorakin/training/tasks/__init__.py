@@ -38,16 +38,17 @@ def task_for(rows: DataRows, labels: Sequence[str] | None = None, config: Any = 
     Raises:
         DataError: the rows' labels do not make classes, or the model is not one for the task.
     """
-    if (kind := WITH_LABELS.get(rows.task)) is not None:
+    kind: Any = kind_of_task(rows.task, config)
+    if rows.task in WITH_LABELS:
         task: Task = kind(list(rows.labels() if labels is None else labels))
         return task
-    has_encoder = is_seq2seq(config)
-    if config is not None and rows.task == SEQ2SEQ and not has_encoder:
+    if config is not None and rows.task == SEQ2SEQ and not is_seq2seq(config):
         raise DataError(
             f"--task {SEQ2SEQ} needs a model with an encoder and a decoder, such as T5 or BART, "
             f"and a {type(config).__name__} describes none; leave --task out"
         )
-    return Seq2Seq() if has_encoder or rows.task == SEQ2SEQ else Language()
+    without_labels: Task = kind()
+    return without_labels
 
 
 def kind_of_task(word: str, config: Any = None) -> type[Task]:

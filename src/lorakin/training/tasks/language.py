@@ -8,21 +8,17 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from rich.text import Text as RichText
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from lorakin.inject.module_mode import in_mode
 from lorakin.terminal import visible
 from lorakin.training.batches import AnswerCollator, Row, answer_loss, row_losses
 from lorakin.training.encoding import Encoded, encode
 from lorakin.training.metrics import mean_interval
 from lorakin.training.reading import DataRows
+from lorakin.training.tasks.by_row import results_by_row
 from lorakin.training.tasks.task import Collator, Evaluation, Loss, RowAnswers, Task
 from lorakin.training.token_labels import IGNORED
-from lorakin.waiting import tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +26,6 @@ class Language(Task):
     """A causal language model that learns to write answers."""
 
     word: ClassVar[str] = "language"
-    unit: ClassVar[str] = "answer tokens"
 
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:
         return encode(rows, tokenizer, max_length, **options)
@@ -41,14 +36,13 @@ class Language(Task):
         return AnswerCollator(pad, "logits_to_keep" in inspect.signature(model.forward).parameters)
 
     @property
-    def loss(self) -> Loss | None:
+    def loss(self) -> Loss:
         return answer_loss
 
     def row_losses(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the summed loss and the number of labelled tokens of each row, both (rows,)."""
         return row_losses(outputs, labels), (labels[:, 1:] != IGNORED).sum(1)
 
-    @torch.no_grad()
     def evaluate(
         self,
         model: Any,
@@ -57,23 +51,11 @@ class Language(Task):
         batch_size: int,
         intervals: bool = False,
     ) -> Evaluation:
-        # The longest rows first: batches hold little padding then, and a model that is too large
-        # for the memory fails at once.
-        order = sorted(range(len(examples)), key=lambda n: -len(examples[n]["input_ids"]))
-        ordered: Any = [examples[n] for n in order]
-        totals: list[Tensor] = []
-        counts: list[Tensor] = []
-        with in_mode(model, training=False):
-            batches: Any = DataLoader(ordered, batch_size=batch_size, collate_fn=collate)
-            for batch in tracked(batches, "evaluating", len(batches)):
-                batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-                labels = batch.pop("labels")
-                losses, numbers = self.row_losses(model(**batch), labels)
-                totals.append(losses)
-                counts.append(numbers)
-        back = np.argsort(order)
-        by_row = torch.cat(totals).double().cpu().numpy()[back]
-        tokens = torch.cat(counts).cpu().numpy()[back]
+        def of_batch(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+            losses, counts = self.row_losses(outputs, labels)
+            return losses.double(), counts
+
+        by_row, tokens = results_by_row(model, collate, examples, batch_size, of_batch)
         loss = float(by_row.sum() / tokens.sum())
         return Evaluation(
             loss,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 import transformers
 from rich.text import Text as RichText
 from torch import Tensor
 
 from lorakin.errors import DataError
 from lorakin.terminal import visible
-from lorakin.training.batches import Row, class_loss
+from lorakin.training.batches import Row, class_loss, label_losses
 from lorakin.training.contents import Content, Conversation, PlainText, text_of
 from lorakin.training.encoding import Encoded
 from lorakin.training.formats import SEQ2SEQ
@@ -50,18 +49,11 @@ class Seq2Seq(Language):
         return collator
 
     @property
-    def loss(self) -> Loss | None:
+    def loss(self) -> Loss:
         return class_loss
 
     def row_losses(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        labels = labels.to(outputs.logits.device)
-        losses = F.cross_entropy(
-            outputs.logits.float().flatten(0, 1),
-            labels.flatten(),
-            ignore_index=IGNORED,
-            reduction="none",
-        )
-        return losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
+        return label_losses(outputs.logits, labels).sum(1), (labels != IGNORED).sum(1)
 
     def rendered(self, example: Row, tokenizer: Any) -> RichText:
         text = RichText(visible(tokenizer.decode(example["input_ids"])), style="dim")

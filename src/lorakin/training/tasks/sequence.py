@@ -9,15 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.nn.functional as F
 import transformers
 from rich.text import Text as RichText
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lorakin.errors import DataError
-from lorakin.inject.module_mode import in_mode
 from lorakin.terminal import visible
 from lorakin.training.batches import Row, class_loss
 from lorakin.training.contents import Labelled
@@ -25,6 +22,7 @@ from lorakin.training.encoding import Encoded
 from lorakin.training.metrics import figures, mean_interval
 from lorakin.training.reading import DataRows
 from lorakin.training.records import Record
+from lorakin.training.tasks.by_row import results_by_row
 from lorakin.training.tasks.task import Collator, Evaluation, Loss, RowAnswers, Task
 from lorakin.waiting import tracked
 
@@ -73,7 +71,7 @@ class SequenceTask(Task):
         return collator
 
     @property
-    def loss(self) -> Loss | None:
+    def loss(self) -> Loss:
         return self._mean_loss
 
     def _mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -83,7 +81,6 @@ class SequenceTask(Task):
         items = labels.numel() if num_items_in_batch is None else num_items_in_batch
         return losses.sum() * labels_of_a_row / items
 
-    @torch.no_grad()
     def evaluate(
         self,
         model: Any,
@@ -92,21 +89,12 @@ class SequenceTask(Task):
         batch_size: int,
         intervals: bool = False,
     ) -> Evaluation:
-        # The longest rows first: batches hold little padding then, and a model that is too large
-        # for the memory fails at once.
-        order = sorted(range(len(examples)), key=lambda n: -len(examples[n]["input_ids"]))
-        logits, losses = [], []
-        with in_mode(model, training=False):
-            ordered: Any = [examples[n] for n in order]
-            batches: Any = DataLoader(ordered, batch_size=batch_size, collate_fn=collate)
-            for batch in tracked(batches, "evaluating", len(batches)):
-                batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-                labels = batch.pop("labels")
-                logits.append(model(**batch).logits.float())
-                losses.append(self.losses(logits[-1], labels))
-        back = np.argsort(order)
-        given = self.answers(torch.cat(logits).cpu().numpy()[back])
-        by_row = torch.cat(losses).double().cpu().numpy()[back]
+        def of_batch(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logits = outputs.logits.float()
+            return logits, self.losses(logits, labels).double()
+
+        logits, by_row = results_by_row(model, collate, examples, batch_size, of_batch)
+        given = self.answers(logits)
         right = np.asarray([example["labels"] for example in examples])
 
         ones = np.ones(len(by_row))
@@ -134,12 +122,12 @@ class Classification(SequenceTask):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "matthews")
 
     def target(self, record: Record) -> int:
-        if (label := record.label()) not in self.labels:
-            raise DataError(f"{record.where}: label {label!r} is none of {', '.join(self.labels)}")
+        label = record.label()
+        record.check_known([label], self.labels)
         return self.labels.index(label)
 
     @property
-    def loss(self) -> Loss | None:
+    def loss(self) -> Loss:
         return class_loss
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -162,10 +150,7 @@ class MultiLabel(SequenceTask):
 
     def target(self, record: Record) -> list[float]:
         named = record.label_set()
-        if unknown := [label for label in named if label not in self.labels]:
-            raise DataError(
-                f"{record.where}: label {unknown[0]!r} is none of {', '.join(self.labels)}"
-            )
+        record.check_known(named, self.labels)
         return [float(label in named) for label in self.labels]
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -109,8 +109,6 @@ class Task(abc.ABC):
     """What `--task` calls it."""
     auto: ClassVar[str] = "AutoModelForCausalLM"
     """The class of transformers that loads its models."""
-    unit: ClassVar[str] = "rows"
-    """Of what the loss is a mean."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """The names of its metrics; the first is the one that decides, unless the user says another."""
     labels: list[str] | None = None
@@ -129,8 +127,8 @@ class Task(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def loss(self) -> Loss | None:
-        """The loss of a batch; None for the one that the model computes."""
+    def loss(self) -> Loss:
+        """The loss of a batch."""
 
     @abc.abstractmethod
     def evaluate(

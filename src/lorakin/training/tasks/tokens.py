@@ -6,23 +6,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 import transformers
 from rich.text import Text as RichText
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lorakin.errors import DataError
-from lorakin.inject.module_mode import in_mode
 from lorakin.terminal import visible
-from lorakin.training.batches import Row, class_loss
+from lorakin.training.batches import Row, class_loss, label_losses
 from lorakin.training.contents import Tagged
 from lorakin.training.encoding import Encoded
 from lorakin.training.formats import TOKEN_CLASSIFICATION
 from lorakin.training.metrics import figures, mean_interval
 from lorakin.training.reading import DataRows
+from lorakin.training.tasks.by_row import results_by_row
 from lorakin.training.tasks.task import Collator, Evaluation, Loss, RowAnswers, Task
 from lorakin.training.token_labels import IGNORED
 
@@ -33,7 +30,6 @@ class TokenClassification(Task):
 
     labels: list[str]
     word: ClassVar[str] = TOKEN_CLASSIFICATION
-    unit: ClassVar[str] = "words"
     auto: ClassVar[str] = "AutoModelForTokenClassification"
     metrics: ClassVar[tuple[str, ...]] = ("macro_f1", "accuracy")
 
@@ -50,10 +46,7 @@ class TokenClassification(Task):
             if not isinstance(content, Tagged):
                 raise DataError(f"{record.where}: format {record.source.format.name} has no tags")
             tags = record.tags()
-            if unknown := [tag for tag in tags if tag not in numbers]:
-                raise DataError(
-                    f"{record.where}: tag {unknown[0]!r} is none of {', '.join(self.labels)}"
-                )
+            record.check_known(tags, self.labels, "tag")
             encoded = tokenizer(
                 content.words, is_split_into_words=True, truncation=True, max_length=max_length
             )
@@ -72,17 +65,9 @@ class TokenClassification(Task):
         return collator
 
     @property
-    def loss(self) -> Loss | None:
+    def loss(self) -> Loss:
         return class_loss
 
-    def _losses(self, outputs: Any, labels: Tensor) -> Tensor:
-        """Returns the loss of each token, (rows, tokens), 0 where there is no label."""
-        labels = labels.to(outputs.logits.device)
-        logits = outputs.logits.float().flatten(0, 1)
-        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view(labels.shape)
-
-    @torch.no_grad()
     def evaluate(
         self,
         model: Any,
@@ -91,26 +76,22 @@ class TokenClassification(Task):
         batch_size: int,
         intervals: bool = False,
     ) -> Evaluation:
-        order = sorted(range(len(examples)), key=lambda n: -len(examples[n]["input_ids"]))
-        losses: list[float] = []
-        given: list[list[int]] = []
-        right: list[list[int]] = []
-        with in_mode(model, training=False):
-            ordered: Any = [examples[n] for n in order]
-            for batch in DataLoader(ordered, batch_size=batch_size, collate_fn=collate):
-                batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-                labels = batch.pop("labels")
-                outputs = model(**batch)
-                losses += self._losses(outputs, labels).sum(1).tolist()
-                for row, answers in zip(labels, outputs.logits.argmax(-1), strict=True):
-                    is_word = row != IGNORED
-                    right.append(row[is_word].tolist())
-                    given.append(answers[is_word].tolist())
-        back = np.argsort(order)
-        by_row = np.array(losses)[back]
-        counts = np.array([len(right[n]) for n in back])
-        flat_right, flat_given = (
-            np.array([label for n in back for label in part[n]]) for part in (right, given)
+        longest = max(len(example["input_ids"]) for example in examples)
+
+        def of_batch(outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
+            losses = label_losses(outputs.logits, labels).sum(1).double()
+            # Batches have rows of other lengths.
+            missing = (0, longest - labels.shape[1])
+            answers = F.pad(outputs.logits.argmax(-1), missing)
+            return losses, F.pad(labels, missing, value=IGNORED), answers
+
+        by_row, labels, answers = results_by_row(model, collate, examples, batch_size, of_batch)
+        is_word = labels != IGNORED
+        counts = is_word.sum(1)
+        flat_right, flat_given = labels[is_word], answers[is_word]
+        right, given = (
+            [self._written(row[mask]) for row, mask in zip(numbers, is_word, strict=True)]
+            for numbers in (labels, answers)
         )
         return Evaluation(
             float(by_row.sum() / counts.sum()),
@@ -120,8 +101,8 @@ class TokenClassification(Task):
             answers=RowAnswers(
                 by_row,
                 counts,
-                [self._written(right[n]) for n in back],
-                [self._written(given[n]) for n in back],
+                right,
+                given,
                 numbers=(flat_right, flat_given),
             ),
         )

@@ -27,6 +27,7 @@ from lorakin.training.speakers import Speaker
 from lorakin.training.tasks import task_for
 from lorakin.training.train import train
 from lorakin.training.with_adapter import load_with_adapter
+from training.twins import losses_by_transformers, losses_of
 
 Write = Callable[..., str]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "home"]
@@ -67,11 +68,6 @@ def tagged(count: int = 18) -> list[dict[str, Any]]:
     return rows
 
 
-def losses_of(folder: Path) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-
-
 @pytest.mark.parametrize("task", ["seq2seq", "token-classification"])
 def test_training_is_that_of_transformers(
     task: str, t5_dir: str, bert_dir: str, write_rows: Write, tmp_path: Path
@@ -91,18 +87,7 @@ def test_training_is_that_of_transformers(
     collator: Any = transformers.DataCollatorForTokenClassification(tokenizer)
     if task == "seq2seq":
         collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=model)
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            str(tmp_path / "c"), per_device_train_batch_size=6, max_steps=6, learning_rate=1e-2,
-            lr_scheduler_type="constant", logging_steps=1, report_to="none", save_strategy="no",
-            seed=0, data_seed=0, use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
-        ),
-        train_dataset=twin.train.examples,
-        data_collator=collator,
-    )  # fmt: skip
-    trainer.train()
-    theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    theirs = losses_by_transformers(twin, collator, tmp_path / "c")
     assert losses_of(tmp_path / "a") == pytest.approx(theirs, rel=1e-5)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.tasks import task_for
 from lorakin.training.train import train
+from training.twins import losses_by_transformers, losses_of
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "home"]
 Write = Callable[..., str]
@@ -115,26 +115,13 @@ def test_training_is_that_of_transformers(
     )  # fmt: skip
     run = prepare(recipe, Terminal(quiet=True))
     train(run)
-    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    ours = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-
     twin = prepare(Recipe(**{**vars(recipe), "out": str(tmp_path / "b")}), Terminal(quiet=True))
     model = twin.loaded.model
     if task == "multi-label":
         model.config.problem_type = "multi_label_classification"
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            str(tmp_path / "c"), per_device_train_batch_size=6, max_steps=6, learning_rate=1e-2,
-            lr_scheduler_type="constant", logging_steps=1, report_to="none", save_strategy="no",
-            seed=0, data_seed=0, use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
-        ),
-        train_dataset=twin.train.examples,
-        data_collator=transformers.DataCollatorWithPadding(twin.loaded.tokenizer),
-    )  # fmt: skip
-    trainer.train()
-    theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    collator = transformers.DataCollatorWithPadding(twin.loaded.tokenizer)
+    theirs = losses_by_transformers(twin, collator, tmp_path / "c")
+    assert losses_of(tmp_path / "a") == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", LEARNED)

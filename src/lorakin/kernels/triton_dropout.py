@@ -56,7 +56,7 @@ def zeroed_kernel(
     tl.store(out + at, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sum_kernel(
     parts: tl.tensor, out: tl.tensor, count: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
 ) -> None:

@@ -163,6 +163,16 @@ def test_evaluate(
     assert run(["evaluate", "-m", model_dir, "-d", data]) == 0
     assert "perplexity" in capsys.readouterr().out
 
+    both = ["evaluate", "-m", model_dir, "-d", data, "--dtype", "float32", "--base"]
+    assert run([*both, "--adapter", str(trained), "--json"]) == 0
+    base = json.loads(capsys.readouterr().out)
+    (other,) = base["others"]
+    assert (base["adapter"], other["adapter"]) == (None, str(trained))
+    assert [base["loss"], other["loss"]] == [figure["loss"] for figure in figures]
+    assert 0 < other["better"] <= other["differ"]
+    assert run([*both, "--adapter", str(trained)]) == 0
+    assert run([*both, "--adapter", str(trained), "--predictions", "p.jsonl"]) == 2
+
 
 def test_merge(
     trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -239,7 +239,7 @@ def test_an_unfinished_comparison_has_a_report_too(finished: Any) -> None:
         found = comparison_page.findings_of(comparison_run)
         assert "<strong>Unfinished</strong>" in comparison_page.html(comparison_run, found)
         assert (found.standings[0].quality is None) == (
-            not next_trials.rows_at_best_rate("lora", rows[:count])
+            not next_trials.rows_at_best_rate("lora", rows[:count], "loss")
         )
 
 

@@ -9,11 +9,12 @@ import pytest
 import sacrebleu
 import torch
 import transformers
+from rouge_score.rouge_scorer import RougeScorer
 
 import lorakin as lk
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.sampling import Sampling
-from lorakin.training.written import scores
+from lorakin.training.written import rouge_l, scores
 
 Write = Callable[..., str]
 
@@ -28,6 +29,33 @@ def test_scores_are_sacrebleus() -> None:
     assert found["exact_match"].value == 0.0
     for metric in found.values():
         assert metric.low is not None and metric.low <= metric.high
+
+
+def test_rouge_l_is_rouge_scores() -> None:
+    given = ["The cat_sat on a mat, twice.", "a dog ran home & sat", ""]
+    references = [["the cat sat on the mat", "It's a cat, on a mat!"], ["A dog ran HOME"], ["x"]]
+    theirs = RougeScorer(["rougeL"])
+    expected = [
+        theirs.score_multi(right, one)["rougeL"].fmeasure
+        for one, right in zip(given, references, strict=True)
+    ]
+    assert [rouge_l(one, right) for one, right in zip(given, references, strict=True)] == expected
+    found = scores(given, references)["rouge_l"]
+    assert found.value == pytest.approx(100 * sum(expected) / 3)
+    assert found.low is not None and found.low <= found.value
+
+
+@pytest.mark.parametrize(
+    ("given", "right", "expected"),
+    [
+        ("Über Äpfel", "über äpfel", 1.0),
+        ("кошка спит", "кошка бежит", 0.5),
+        ("我喜欢猫", "我喜欢狗", 0.75),
+        ("猫が好き", "犬が好き", 0.75),
+    ],
+)
+def test_rouge_l_knows_other_scripts(given: str, right: str, expected: float) -> None:
+    assert rouge_l(given, [right]) == pytest.approx(expected)
 
 
 def test_a_prompt_has_all_answers_of_its_rows(model_dir: str, write_rows: Write) -> None:

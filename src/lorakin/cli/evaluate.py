@@ -29,9 +29,9 @@ EXAMPLES = examples(
     "lorakin evaluate --model smollm2 --data held_out.jsonl --json",
     "lorakin evaluate --model minilm --adapter a --adapter b --data held_out.jsonl",
     "lorakin evaluate --model minilm --adapter a --data held_out.jsonl --predictions answers.jsonl",
-    "lorakin evaluate --model smollm2 --adapter a --data held_out.jsonl --generate",
+    "lorakin evaluate --model smollm2 --adapter a --base --data held_out.jsonl --generate",
 )
-
+BASE = "the base"
 
 Adapters = Annotated[
     list[str] | None,
@@ -42,6 +42,9 @@ Adapters = Annotated[
         help="An adapter's directory or hub id; without one, the base alone. Several are "
         "compared with the first, row by row.",
     ),
+]
+Base = Annotated[
+    bool, typer.Option("--base", help="Evaluate the base too, and compare the adapters with it.")
 ]
 Predictions = Annotated[
     Path | None,
@@ -54,7 +57,7 @@ Generate = Annotated[
     typer.Option(
         "--generate",
         help="Also write the answers, and compare them with all that the data has to a prompt: "
-        "BLEU, chrF, exact match.",
+        "BLEU, chrF, ROUGE-L, exact match.",
     ),
 ]
 
@@ -66,6 +69,7 @@ def command(
         list[str], typer.Option("--data", "-d", help=f"Rows to evaluate on. {DATA_HELP}")
     ],
     adapter: Adapters = None,
+    base: Base = False,
     predictions: Predictions = None,
     generate: Generate = False,
     max_new_tokens: MaxNewTokens = 256,
@@ -90,7 +94,8 @@ def command(
     from lorakin.training.evaluate import evaluate_rows
     from lorakin.training.sampling import Sampling
 
-    adapters: list[str | None] = list(adapter or ()) or [None]
+    named: list[str | None] = list(adapter or ())
+    adapters = [None, *named] if base or not named else named
     if predictions is not None:
         answers_file.check(predictions, adapters)
     layout = flags.pop("format", None)
@@ -136,6 +141,7 @@ def _show(console: Terminal, adapters: list[str | None], found: list[Evaluation]
             console.print(table)
         return
     for name, one in zip(adapters, found, strict=True):
-        console.print(labelled(f"{name}  ", described(one)))
+        console.print(labelled(f"{name or BASE}  ", described(one)))
+    first = adapters[0] or BASE
     for name, one in zip(adapters[1:], found[1:], strict=True):
-        console.print(labelled(f"{name} against {adapters[0]}  ", str(paired(found[0], one))))
+        console.print(labelled(f"{name} against {first}  ", str(paired(found[0], one))))

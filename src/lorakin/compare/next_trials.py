@@ -2,17 +2,18 @@
 
 Each arm first sweeps its learning rate with the first seed: at its usual rate and at one and two
 half decades above it, because short runs need larger rates. While the best rate is at an edge of
-the sweep, the sweep continues there. The other seeds then run at the rate with the lowest loss on
-the tuning rows.
+the sweep, the sweep continues there. The other seeds then run at the best rate: by the measure that
+decides the comparison, on the tuning rows; of equal ones by the loss there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lorakin.compare.arms import Arm
+from lorakin.compare.report_answers import sign_of
 from lorakin.compare.results import (
     DONE,
     REFUSED,
@@ -30,6 +31,11 @@ MOST_RATES = 7
 """The most learning rates that a sweep tries."""
 
 
+Score = tuple[float, float]
+"""How bad a rate is: the measure that decides, negative if more of it is better, and the loss."""
+DIVERGED_SCORE = (math.inf, math.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """How learning rates are chosen: by half decades if `rates` is None, else among `rates`."""
@@ -43,16 +49,16 @@ class Sweep:
         assert arm.lr is not None
         return [rate(arm.lr, half_decades) for half_decades in FIRST_HALF_DECADES]
 
-    def next(self, arm: Arm, losses: dict[float, float]) -> float | None:
+    def next(self, arm: Arm, scores: Mapping[float, Score]) -> float | None:
         """Returns the next rate to try, or None when the best rate is known.
 
         Args:
             arm: the arm that is swept.
-            losses: rate → loss of the rates that were tried.
+            scores: those of the rates that were tried, by rate.
         """
-        if self.rates is not None or len(losses) >= MOST_RATES or arm.lr is None:
+        if self.rates is not None or len(scores) >= MOST_RATES or arm.lr is None:
             return None
-        lowest, highest, best = min(losses), max(losses), best_rate(losses)
+        lowest, highest, best = min(scores), max(scores), best_rate(scores)
         half_decades_of = {
             rate(arm.lr, half_decades): half_decades
             for half_decades in range(-MOST_RATES, MOST_RATES + 3)
@@ -73,28 +79,43 @@ def rate(lr: float, half_decades: int) -> float:
     return float(f"{lr * 10 ** (half_decades / 2):.2g}")
 
 
-def best_rate(losses: dict[float, float]) -> float | None:
-    """Returns the rate with the lowest loss; None if no loss is finite.
+def best_rate(scores: Mapping[float, Score]) -> float | None:
+    """Returns the rate with the lowest score; None if all diverged.
 
-    >>> best_rate({1e-4: 2.0, 1e-3: 1.5, 1e-2: float("inf")})
-    0.001
+    >>> best_rate({1e-4: (-0.5, 2.0), 1e-3: (-0.9, 1.7), 1e-2: (-0.9, 1.5)})
+    0.01
     """
-    best = min(losses, key=lambda lr: losses[lr], default=None)
-    return best if best is not None and math.isfinite(losses[best]) else None
+    best = min(scores, key=lambda lr: scores[lr], default=None)
+    return best if best is not None and math.isfinite(scores[best][1]) else None
 
 
-def sweep_losses(arm: str, rows: Iterable[ResultRow]) -> dict[float, float]:
-    """Returns rate → loss on the tuning rows of the arm's sweep so far.
+def sweep_scores(arm: str, rows: Iterable[ResultRow], measure: str) -> dict[float, Score]:
+    """Returns rate → its score on the tuning rows, of the arm's sweep so far.
 
-    The loss is infinite where a trial diverged or failed.
+    Args:
+        arm: the arm's name.
+        rows: the results so far.
+        measure: "loss", or the metric that decides.
     """
     return {
-        row.trial.lr: row.tune["loss"]
-        if row.status == DONE and row.tune and math.isfinite(row.tune["loss"])
-        else math.inf
+        row.trial.lr: _score(row, measure)
         for row in rows
         if row.trial.arm == arm and row.trial.stage == SWEEP and row.trial.lr is not None
     }
+
+
+def sweep_figures(arm: str, rows: Iterable[ResultRow], measure: str) -> dict[float, float]:
+    """Returns rate → the measure itself; infinite where a trial diverged or failed."""
+    scores = sweep_scores(arm, rows, measure)
+    sign = sign_of(measure)
+    return {lr: math.inf if bad == math.inf else -sign * bad for lr, (bad, _) in scores.items()}
+
+
+def _score(row: ResultRow, measure: str) -> Score:
+    """Returns a trial's score, infinite where it diverged or failed, or has no such figure."""
+    figures = row.tune if row.status == DONE and row.tune is not None else {}
+    score = (-sign_of(measure) * figures.get(measure, math.nan), figures.get("loss", math.nan))
+    return score if all(map(math.isfinite, score)) else DIVERGED_SCORE
 
 
 def refusal(arm: Arm, rows: Iterable[ResultRow]) -> str:
@@ -104,7 +125,12 @@ def refusal(arm: Arm, rows: Iterable[ResultRow]) -> str:
 
 
 def remaining(
-    arm: Arm, rows: Sequence[ResultRow], seeds: Sequence[int], sweep: Sweep, timed: bool
+    arm: Arm,
+    rows: Sequence[ResultRow],
+    seeds: Sequence[int],
+    sweep: Sweep,
+    timed: bool,
+    measure: str,
 ) -> list[Trial]:
     """Returns the arm's trials that can run now.
 
@@ -114,6 +140,7 @@ def remaining(
         seeds: the first is the sweep's.
         sweep: how learning rates are chosen.
         timed: whether a trial that times a step comes first.
+        measure: "loss", or the metric that decides.
     """
     rows = [row for row in rows if row.trial.arm == arm.name]
     if refusal(arm, rows):
@@ -122,22 +149,27 @@ def remaining(
         return [] if rows else [Trial(arm.name, UNTRAINED, None, seeds[0])]
     if timed and not any(row.trial.stage == TIMING for row in rows):
         return [Trial(arm.name, TIMING, arm.lr, seeds[0])]
-    losses = sweep_losses(arm.name, rows)
-    if missing := [lr for lr in sweep.first(arm) if lr not in losses]:
+    scores = sweep_scores(arm.name, rows, measure)
+    if missing := [lr for lr in sweep.first(arm) if lr not in scores]:
         return [Trial(arm.name, SWEEP, lr, seeds[0]) for lr in missing]
-    if (further := sweep.next(arm, losses)) is not None:
+    if (further := sweep.next(arm, scores)) is not None:
         return [Trial(arm.name, SWEEP, further, seeds[0])]
-    if (best := best_rate(losses)) is None:
+    if (best := best_rate(scores)) is None:
         return []
     done = {(row.trial.lr, row.trial.seed) for row in rows}
     return [Trial(arm.name, SEED, best, seed) for seed in seeds if (best, seed) not in done]
 
 
 def expected(
-    arm: Arm, rows: Sequence[ResultRow], seeds: Sequence[int], sweep: Sweep, timed: bool
+    arm: Arm,
+    rows: Sequence[ResultRow],
+    seeds: Sequence[int],
+    sweep: Sweep,
+    timed: bool,
+    measure: str,
 ) -> int:
     """Returns about how many trials the arm still has to run; the arguments are `remaining`'s."""
-    now = remaining(arm, rows, seeds, sweep, timed)
+    now = remaining(arm, rows, seeds, sweep, timed, measure)
     if not now or arm.lr is None:
         return len(now)
     later = 0 if now[0].stage == SEED else len(seeds) - 1
@@ -146,8 +178,8 @@ def expected(
     return len(now) + later
 
 
-def rows_at_best_rate(arm: str, rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Returns the arm's rows at its best learning rate, one for each seed.
+def rows_at_best_rate(arm: str, rows: Iterable[ResultRow], measure: str) -> list[ResultRow]:
+    """Returns the arm's rows at its best learning rate by the measure, one for each seed.
 
     For an arm that does not train, returns its only row.
     """
@@ -156,7 +188,7 @@ def rows_at_best_rate(arm: str, rows: Iterable[ResultRow]) -> list[ResultRow]:
         for row in rows
         if row.trial.arm == arm and row.trial.stage != TIMING and row.status != REFUSED
     ]
-    best = best_rate(sweep_losses(arm, rows))
+    best = best_rate(sweep_scores(arm, rows, measure))
     return [
         row
         for row in rows

@@ -69,9 +69,10 @@ class PreparedComparison:
         )
 
     @property
-    def _how_chosen(self) -> tuple[list[int], next_trials.Sweep, bool]:
-        """The seeds, the sweep, and whether each arm is timed first."""
-        return self.seeds, self.comparison.parsed_sweep, self.comparison.parsed_budget.steps is None
+    def _how_chosen(self) -> tuple[list[int], next_trials.Sweep, bool, str]:
+        """The seeds, the sweep, whether each arm is timed first, and what decides."""
+        options = self.comparison
+        return self.seeds, options.parsed_sweep, options.parsed_budget.steps is None, self.measure
 
     def steps(self, arm: str) -> int:
         """Returns the steps of the arm's trials; before it is timed, the steps of the timing."""
@@ -121,7 +122,8 @@ class PreparedComparison:
         self.results.add(row)
 
         rows = self._rows(row.trial.arm)
-        best = {row.trial.name for row in next_trials.rows_at_best_rate(row.trial.arm, rows)}
+        at_best = next_trials.rows_at_best_rate(row.trial.arm, rows, self.measure)
+        best = {row.trial.name for row in at_best}
         for other in rows:
             if other.trial.name not in best:
                 shutil.rmtree(self.out / TRIALS / other.trial.name, ignore_errors=True)

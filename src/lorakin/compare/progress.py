@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lorakin.compare import next_trials
 from lorakin.compare.prepared_comparison import PreparedComparison
+from lorakin.compare.report_answers import words_of
 from lorakin.compare.results import DONE, TIMING, ResultRow, Trial
 from lorakin.terminal import visible
 
@@ -51,19 +52,21 @@ class Board:
         done, tail = len(rows), ""
         if not self.console.is_terminal:
             tail = f"  {best_so_far(comparison_run)}, {time_left(rows, left, self.workers)} left"
-        line = f"[{done}/{done + left}] {row.trial.name}  {_outcome(row)}{tail}"
+        outcome = _outcome(row, comparison_run.measure)
+        line = f"[{done}/{done + left}] {row.trial.name}  {outcome}{tail}"
         self.console.print(visible(line), highlight=False, markup=False)
 
 
 def best_so_far(comparison_run: PreparedComparison) -> str:
-    """Returns the arm with the lowest loss on the tuning rows so far; "" if none has finished."""
-    best: dict[str, float] = {}
+    """Returns the arm that is best on the tuning rows so far; "" if none has finished."""
+    best: dict[str, next_trials.Score] = {}
+    measure, rows = comparison_run.measure, comparison_run.results.rows
     for arm in comparison_run.arms:
-        losses = next_trials.sweep_losses(arm.name, comparison_run.results.rows)
-        if (rate := next_trials.best_rate(losses)) is not None:
-            best[arm.title] = losses[rate]
+        scores = next_trials.sweep_scores(arm.name, rows, measure)
+        if (rate := next_trials.best_rate(scores)) is not None:
+            best[arm.title] = scores[rate]
     title = min(best, key=lambda name: best[name], default=None)
-    return "" if title is None else f"best so far {title} {best[title]:.4f}"
+    return "" if title is None else f"best so far {title} {abs(best[title][0]):.4f}"
 
 
 def time_left(rows: Sequence[ResultRow], trials: int, workers: int) -> str:
@@ -75,9 +78,12 @@ def time_left(rows: Sequence[ResultRow], trials: int, workers: int) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{math.ceil(seconds / 60)} min"
 
 
-def _outcome(row: ResultRow) -> str:
+def _outcome(row: ResultRow, measure: str) -> str:
     if row.status != DONE:
         return f"{row.status}: {row.reason}"
     if row.trial.stage == TIMING:
         return f"{row.step_seconds:.3g} s a step"
-    return "" if row.tune is None else f"tuning loss {row.tune['loss']:.4f}"
+    if row.tune is None:
+        return ""
+    names = dict.fromkeys((measure, "loss"))
+    return ", ".join(f"tuning {words_of(n)} {row.tune[n]:.4f}" for n in names if n in row.tune)

@@ -116,12 +116,12 @@ def standings_of(arms: Sequence[Arm], rows: Sequence[ResultRow], measure: str) -
     if constant is not None:
         arms, rows = [*arms, CONSTANT], [*rows, constant]
     plain, base, head, same = (
-        next_trials.rows_at_best_rate(name, rows)
+        next_trials.rows_at_best_rate(name, rows, measure)
         for name in (arms[0].name, BASE, HEAD, CONSTANT.name)
     )
     result = []
     for arm in arms:
-        best = next_trials.rows_at_best_rate(arm.name, rows)
+        best = next_trials.rows_at_best_rate(arm.name, rows, measure)
         trains = arm.lr is not None
         result.append(
             dataclasses.replace(
@@ -165,8 +165,8 @@ def _with_shares(
 
 def _standing(arm: Arm, best: list[ResultRow], rows: Sequence[ResultRow], measure: str) -> Standing:
     """Returns the standing of an arm, without what compares it with others."""
-    losses, by_seed = next_trials.sweep_losses(arm.name, rows), _by_seed(best, measure)
-    best_rate, rates = next_trials.best_rate(losses), sorted(losses)
+    scores, by_seed = next_trials.sweep_scores(arm.name, rows, measure), _by_seed(best, measure)
+    best_rate, rates = next_trials.best_rate(scores), sorted(scores)
     return Standing(
         arm=arm,
         rows=best,

@@ -9,6 +9,7 @@ from typing import Any
 
 import altair as alt
 
+from lorakin.compare.report_answers import sign_of, words_of
 from lorakin.compare.standings import Standing
 from lorakin.report.page import Cell, Column, Figure, Table
 from lorakin.report.vega import MUTED, data, tooltip
@@ -89,63 +90,72 @@ def _loss_panel(rows: Rows, plain: Rows, span: tuple[float, float]) -> alt.TopLe
 
 
 def rate_curves(
-    losses_by_arm: Mapping[str, Mapping[float, float]], best: Mapping[str, float]
+    figures_by_arm: Mapping[str, Mapping[float, float]],
+    best: Mapping[str, float],
+    measure: str,
 ) -> Figure:
-    """Returns a chart of the loss on the tuning rows over the learning rate, a panel for each arm.
+    """Returns a chart of the figure on the tuning rows over the learning rate, one for each arm.
 
     Args:
-        losses_by_arm: arm → rate → loss; infinite if the trial did not end well.
+        figures_by_arm: arm → rate → figure; infinite if the trial did not end well.
         best: arm → its best rate.
+        measure: what the figure is: "loss", or the metric that decides.
     """
+    words, higher = words_of(measure), sign_of(measure) > 0
     finite = [
-        loss for losses in losses_by_arm.values() for loss in losses.values() if math.isfinite(loss)
+        figure
+        for figures in figures_by_arm.values()
+        for figure in figures.values()
+        if math.isfinite(figure)
     ]
     low, top = min(finite, default=0.0), max(finite, default=1.0)
-    if finite:  # one very bad rate must not flatten all curves
+    if finite and not higher:  # one very bad rate must not flatten all curves
         top = min(top, low + 4 * (statistics.median(finite) - low) + 0.2)
-    panels = {name: _rate_panel(losses, (low, top)) for name, losses in losses_by_arm.items()}
+    panels = {name: _rate_panel(f, (low, top), words) for name, f in figures_by_arm.items()}
     rates = ", ".join(f"{name} {rate:g}" for name, rate in best.items())
+    outside = "did not end well" if higher else "ended above the chart or did not end well"
     caption = (
-        "The loss on the tuning rows after a run with the first seed at each learning rate. A "
-        "triangle at the top is a run that ended above the chart or did not end well. The best: "
-        f"{rates}."
+        f"The {words} on the tuning rows after a run with the first seed at each learning rate. A "
+        f"triangle at the top is a run that {outside}. The best: {rates}."
     )
-    return Figure("Learning-rate sweeps", caption, panels, _rate_table(losses_by_arm))
+    return Figure("Learning-rate sweeps", caption, panels, _rate_table(figures_by_arm, words))
 
 
-def _rate_table(losses_by_arm: Mapping[str, Mapping[float, float]]) -> Table:
+def _rate_table(figures_by_arm: Mapping[str, Mapping[float, float]], words: str) -> Table:
     cells = [
-        [name, rate, loss if math.isfinite(loss) else Cell("did not end well")]
-        for name, losses in losses_by_arm.items()
-        for rate, loss in sorted(losses.items())
+        [name, rate, figure if math.isfinite(figure) else Cell("did not end well")]
+        for name, figures in figures_by_arm.items()
+        for rate, figure in sorted(figures.items())
     ]
     columns = [
         Column("arm", numeric=False),
         Column("learning rate"),
-        Column("loss on the tuning rows"),
+        Column(f"{words} on the tuning rows"),
     ]
     return Table("Learning-rate sweeps", columns, cells)
 
 
-def _rate_panel(losses: Mapping[float, float], span: tuple[float, float]) -> alt.TopLevelMixin:
+def _rate_panel(
+    figures: Mapping[float, float], span: tuple[float, float], words: str
+) -> alt.TopLevelMixin:
     low, top = span
     rows = [
         {
             "lr": lr,
-            "loss": min(loss, top),
-            "shown": f"{loss:.3f}" if math.isfinite(loss) else "none",
-            "seen": loss <= top,
+            "figure": min(figure, top),
+            "shown": f"{figure:.3f}" if math.isfinite(figure) else "none",
+            "seen": figure <= top,
         }
-        for lr, loss in sorted(losses.items())
+        for lr, figure in sorted(figures.items())
     ]
     axis = alt.Axis(format=".0e", tickCount=3, grid=False)
     padded = alt.Scale(type="log", padding=12)
     x = alt.X("lr:Q", title="learning rate", scale=padded, axis=axis)
     scale = alt.Scale(domain=[low, top], nice=True)
-    y = alt.Y("loss:Q", title="loss", scale=scale, axis=alt.Axis(tickCount=4))
+    y = alt.Y("figure:Q", title=words, scale=scale, axis=alt.Axis(tickCount=4))
     shapes = alt.Scale(domain=[True, False], range=["circle", "triangle-up"])
     shape = alt.Shape("seen:N", scale=shapes, legend=None)
-    tips = [tooltip("lr", "learning rate", ".2~g"), tooltip("shown", "loss", kind="N")]
+    tips = [tooltip("lr", "learning rate", ".2~g"), tooltip("shown", words, kind="N")]
 
     shown = alt.Chart(data(rows))
     dots = shown.mark_point(filled=True, size=45, opacity=1)

@@ -9,7 +9,7 @@ from typing import Any
 from lorakin.compare.arms import CONTROL, FULL, MEMBER, PLAIN, REFERENCE
 from lorakin.compare.directory import REPORT, TRIALS
 from lorakin.compare.learned import nothing_learned
-from lorakin.compare.next_trials import sweep_losses
+from lorakin.compare.next_trials import sweep_figures
 from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.report_answers import DRAWS, LOSS, words_of
 from lorakin.compare.results import DONE, TIMING, ResultRow
@@ -160,12 +160,13 @@ def _curves(comparison_run: PreparedComparison, findings: Findings) -> Iterator[
         if len(group) > 1:
             yield loss_curves(title, group)
 
-    rows = comparison_run.results.rows
-    sweeps = {s.arm.title: sweep_losses(s.arm.name, rows) for s in findings.standings}
-    sweeps = {title: losses for title, losses in sweeps.items() if len(losses) > 1}
+    rows, measure = comparison_run.results.rows, comparison_run.measure
+    sweeps = {s.arm.title: sweep_figures(s.arm.name, rows, measure) for s in findings.standings}
+    sweeps = {title: figures for title, figures in sweeps.items() if len(figures) > 1}
     if sweeps:
         best = {s.arm.title: s.lr for s in findings.standings if s.lr is not None}
-        yield rate_curves(sweeps, {title: best[title] for title in sweeps if title in best})
+        of_sweeps = {title: best[title] for title in sweeps if title in best}
+        yield rate_curves(sweeps, of_sweeps, measure)
 
 
 def _first_runs(findings: Findings) -> list[tuple[Standing, ResultRow]]:
@@ -278,11 +279,15 @@ def _budget(comparison_run: PreparedComparison, findings: Findings) -> str:
 
 
 def _rates(comparison_run: PreparedComparison) -> str:
-    options = comparison_run.comparison
+    options, words = comparison_run.comparison, words_of(comparison_run.measure)
+    ties = "" if comparison_run.measure == "loss" else "; of equal ones the one with less loss"
     if options.parsed_sweep.rates is not None:
-        return f"the best of {options.sweep}, by the loss on the tuning rows with the first seed."
+        return (
+            f"the best of {options.sweep}, by the {words} on the tuning rows with the first "
+            f"seed{ties}."
+        )
     return (
         "runs with the first seed at the method's usual rate and at one and two half decades above "
-        "it, continued while the best is at an edge. The other seeds run at the rate with the "
-        "lowest loss on the tuning rows."
+        "it, continued while the best is at an edge. The other seeds run at the best rate, by the "
+        f"{words} on the tuning rows{ties}."
     )

@@ -56,7 +56,7 @@ def _columns(measure: str) -> list[Column]:
             f"The part of {PLAIN}'s improvement that the arm reaches, over the base or over a "
             "constant answer, whichever is better.",
         ),
-        Column("best lr", "The learning rate with the lowest loss on the tuning rows."),
+        Column("best lr", "The best learning rate on the tuning rows."),
         Column("trained", "The number of trained parameters."),
         Column("frozen", "How many parameters the adapter stores but never trains."),
         Column("MiB", "The size of the adapter's files."),

@@ -11,6 +11,7 @@ from lorakin.family.settings import require
 from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.chat_templates import use_template
 from lorakin.training.generation_settings import nan_error
+from lorakin.training.glue import task_and_metric
 from lorakin.training.limits import check_rows, position_count, row_length, warn_cut
 from lorakin.training.metrics import MetricValue
 from lorakin.training.models import Loaded, stored_labels
@@ -68,7 +69,8 @@ def evaluate_rows(
         columns, layout: as for `read_rows`.
         dtype, quantize: as for `load_model`.
         other_base: as for `load_with_adapter`.
-        task: the word of the task; by default it is detected.
+        task: the word of the task, or a task of GLUE, whose own metric comes first then; by
+            default it is detected.
         sampling: how to write answers to the prompts and compare them; None leaves that out.
 
     Raises:
@@ -76,6 +78,7 @@ def evaluate_rows(
         LorakinError: the data, the model or the adapter cannot be used.
     """
     require(loss_on in LOSS_ON, f"loss_on must be {', '.join(LOSS_ON)}, not {loss_on!r}")
+    task, first = task_and_metric(task, None, [name] if isinstance(name, str) else name)
     rows = read_rows(name, columns, layout, task)
     if sampling is not None and rows.has_labels:
         raise DataError(f"--generate compares answers in words, and {rows.name} has labels")
@@ -98,7 +101,9 @@ def evaluate_rows(
     assert answers is not None
     answers = dataclasses.replace(answers, where=encoded.where)
     if sampling is None:
-        return dataclasses.replace(evaluation, answers=answers)
+        metrics = dict(evaluation.metrics)
+        own = {first: metrics[first]} if first in metrics else {}
+        return dataclasses.replace(evaluation, answers=answers, metrics=own | metrics)
     written = write_answers(loaded, rows, sampling, batch_size, chat_template is not False)
     if len(written.right) == len(answers.where):  # no row was dropped
         answers = dataclasses.replace(answers, right=written.right, given=written.given)

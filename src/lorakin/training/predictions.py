@@ -26,7 +26,10 @@ def check(path: Path, adapters: Sequence[str | None]) -> None:
         SettingError: there are several models, the file exists, or there is no such directory.
     """
     if len(adapters) > 1:
-        raise SettingError(f"--predictions takes one --adapter, not {len(adapters)}")
+        raise SettingError(
+            f"--predictions writes the answers of one model, and {len(adapters)} are evaluated; "
+            "give one --adapter, without --base"
+        )
     if path.exists():
         raise SettingError(f"--predictions {path}: there is such a file; name a new one")
     if not path.parent.is_dir():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lorakin.errors import SettingError
 from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
 from lorakin.training.formats import NAMES, TASKS
+from lorakin.training.glue import GLUE, task_and_metric
 from lorakin.training.recipe_option import DATA, DEVICES, METHOD, OPTIMISATION, OUTPUT, Option
 from lorakin.training.recipe_run import RunSettings
 from lorakin.training.recipe_values import as_kind
@@ -51,7 +52,8 @@ Holdout = Annotated[float, Check("a share between 0 and 1", lambda value: 0 < va
 Seed = Annotated[int, Check("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)]
 Day = Annotated[str, Check("a day such as 2026-11-30", _is_day)]
 Layout = Annotated[str, Check(f"one of {', '.join(NAMES)}", NAMES.__contains__)]
-Task = Annotated[str, Check(f"one of {', '.join(TASKS)}", TASKS.__contains__)]
+TASK_HELP = f"{', '.join(TASKS)}; or a task of GLUE, with its metric: {', '.join(GLUE)}"
+Task = Annotated[str, Check(f"one of {TASK_HELP}", {*TASKS, *GLUE}.__contains__)]
 Sources = Annotated[list[str], Check("at least one file or hub data set", bool)]
 
 
@@ -171,7 +173,7 @@ class Recipe(RunSettings):
     ] = None
     task: Annotated[
         Task | None,
-        Option(DATA, f"What is learned: {', '.join(TASKS)}.", default="detected"),
+        Option(DATA, f"What is learned: {TASK_HELP}.", default="detected"),
     ] = None
     eval_data: Annotated[
         str | None, Option(DATA, "Held-out rows, as for --data.", default="split off the data")
@@ -259,6 +261,7 @@ class Recipe(RunSettings):
                 setattr(self, name, checked(kind, value, name))
             except SchemaError as error:
                 raise SettingError(str(error)) from None
+        self.task, self.metric = task_and_metric(self.task, self.metric, self.data)
         if self.steps is not None and self.epochs is not None:
             raise SettingError("give steps or epochs, not both")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,18 @@ from lorakin.training.records import Record
 from lorakin.training.sampling import Sampling
 from lorakin.training.speakers import Speaker
 
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_]+")
+"""What ROUGE-L counts as a word: letters and digits of any script; Chinese and Japanese signs stand
+alone. Of ASCII text these are rouge-score's own words, which know no other letters."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Written:
     """Answers that a model wrote, with the metrics over the distinct prompts.
 
     Attributes:
-        metrics: BLEU and chrF (sacrebleu's, 0 to 100) and the share of exact matches.
+        metrics: BLEU and chrF (sacrebleu's, 0 to 100), ROUGE-L (rouge-score's F, 0 to 100; with
+            several right answers the best), and the share of exact matches.
         right, given: of each row its answer, and what the model wrote to its prompt.
     """
 
@@ -98,9 +104,38 @@ def scores(given: Sequence[str], references: Sequence[Sequence[str]]) -> dict[st
         name: _scored(metric, given, streams)
         for name, metric in (("bleu", BLEU()), ("chrf", CHRF()))
     }
-    same = np.array([float(one in right) for one, right in zip(given, references, strict=True)])
-    bounds = mean_interval(same, np.ones(len(same))) if len(same) > 1 else ()
-    return {**found, "exact_match": MetricValue(float(same.mean()), *bounds)}
+    pairs = list(zip(given, references, strict=True))
+    found["rouge_l"] = _mean([100 * rouge_l(one, right) for one, right in pairs])
+    return {**found, "exact_match": _mean([float(one in right) for one, right in pairs])}
+
+
+def rouge_l(given: str, references: Sequence[str]) -> float:
+    """Returns the F-measure of the longest common subsequence of words, with the best reference.
+
+    >>> round(rouge_l("Die Tür ist offen", ["Die Tür war nie offen", "Auf!"]), 3)
+    0.667
+
+    Args:
+        given: an answer.
+        references: the right answers, at least one.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # which takes a second
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    return float(scorer.score_multi(list(references), given)["rougeL"].fmeasure)
+
+
+class _Words:
+    """A tokenizer of rouge-score."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text.lower())
+
+
+def _mean(values: Sequence[float]) -> MetricValue:
+    """Returns the mean over prompts, with an interval over draws of them if there are several."""
+    bounds = mean_interval(np.array(values), np.ones(len(values))) if len(values) > 1 else ()
+    return MetricValue(float(np.mean(values)), *bounds)
 
 
 def _scored(

@@ -238,7 +238,7 @@ def test_several_files_of_several_formats(write_rows: Write) -> None:
 def test_names_of_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def load(path: str, config: str | None, *, split: str) -> Any:
+    def load(path: str, config: str | None, *, split: str, streaming: bool) -> Any:
         asked.append((path, config, split))
         return datasets.Dataset.from_list([{"text": "a"}])
 

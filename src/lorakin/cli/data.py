@@ -20,8 +20,9 @@ EXAMPLES = examples(
     "lorakin data train.jsonl more.jsonl --model org/model --eval-data test.jsonl --max-length 512",
 )
 OF_A_RECIPE = (
-    "columns", "format", "task", "eval_data", "holdout", "seed", "max_length", "loss_on",
-    "chat_template", "template_args",
+    "max_rows", "data_weights", "columns", "format", "task", "eval_data", "holdout", "seed",
+    "max_length", "loss_on", "chat_template", "template_args", "batch_size", "accumulate",
+    "group_by_length",
 )  # fmt: skip
 BAR = 30
 
@@ -69,6 +70,8 @@ def _show(console: Terminal, found: Preview) -> None:
     for name, count in bins:
         table.add_row(name, f"{count:,}", "█" * round(BAR * count / most))
     console.print(table)
+    for line in found.epoch.lines():
+        console.print(labelled("epoch   ", visible(line)))
     for count, what in (
         (found.cut, f"rows are cut at {found.max_length} tokens: their last answers do not end"),
         (found.dropped, f"rows have nothing to learn within {found.max_length} tokens"),

@@ -98,6 +98,7 @@ READERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "modules_to_save": split_names,
     "trainable_tokens": split_names,
     "report_to": split_names,
+    "data_weights": split_names,
 }
 """Fields whose options may be given several times → the function from the texts to the value."""
 

@@ -1,19 +1,21 @@
 """Data files and hub data sets as tables: numbered rows, with every value as it stands there.
 
 Python's `json` and `csv`, and pyarrow, read the files: nothing is cached, nothing is fetched, and
-no cell is guessed to be a number or a date.
+no cell is guessed to be a number or a date. Rows are read as they are asked for, where the format
+allows it: a JSON array, a .tsv file and a packed .parquet file are read whole.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,29 +23,48 @@ from lorakin.errors import DataError
 from lorakin.storage import paths
 from lorakin.training import formats
 from lorakin.training.contents import Number
+from lorakin.training.separated_files import separated
 
-LONGEST_CELL = 1 << 27
-"""Characters of the longest CSV cell. Python's own limit, 131,072, is less than some documents."""
 MOST_UNPACKED, MOST_RATIO = 1 << 28, 200
 """Bytes that a gzip or Parquet file may unfold into; or so many times its size, if that is more."""
+ROWS_AT_ONCE = 1000
+"""Rows of a table that are held in memory while they are read."""
 HUB_NAME = re.compile(
     r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?(:(?P<split>[^:\[\]]+(\[[^\]]*\])?))?"
 )
 
 Rows = list[tuple[int, dict[str, Any]]]
 """Each row's number in its file, from 1, and its columns."""
-Table = tuple[Rows, dict[str, list[str]]]
-"""Rows, and a column → the names of its classes, for columns that have names."""
+ClassNames = dict[str, list[str]]
+"""A column → the names of its classes, for columns that have names."""
+Opened = tuple[Iterable[tuple[int, dict[str, Any]]], ClassNames]
+"""Numbered rows, read as they are asked for, and the names of classes."""
 
 
-def table(name: str) -> Table:
-    """Returns the rows of a data file or of a hub data set.
+def table(name: str, most: int | None = None) -> tuple[Rows, ClassNames]:
+    """Returns the rows of a data file or of a hub data set, and the names of classes.
 
     Args:
         name: a file, or org/set, org/set:split, org/set:config:split.
+        most: how many rows are read, the first ones; None for all.
 
     Raises:
         DataError: nothing of that name, or it cannot be read.
+    """
+    with opened(name) as (rows, class_names):
+        return list(itertools.islice(rows, most)), class_names
+
+
+@contextlib.contextmanager
+def opened(name: str, streaming: bool = False) -> Iterator[Opened]:
+    """Opens a data file or hub data set within a `with` block, which reads rows from it.
+
+    Args:
+        name: as for `table`.
+        streaming: whether a hub data set is read from the hub as it goes, and not stored.
+
+    Raises:
+        DataError: as `table`; also where a row is read.
     """
     path = paths.user_path(name, "--data", DataError)
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -52,8 +73,10 @@ def table(name: str) -> Table:
     reader = READERS.get(suffix)
     try:
         if path.exists() or reader is not None:
-            return _file(path, reader, suffix)
-        return _hub(name)
+            with _open_file(path, reader, suffix) as file:
+                yield reader(file)  # type: ignore[misc]
+        else:
+            yield _hub(name, streaming)
     except DataError:
         raise
     except Exception as error:  # parsers of files, and the hub's client, raise whatever they like
@@ -61,7 +84,11 @@ def table(name: str) -> Table:
         raise DataError(f"data {name!r} cannot be read: {reason[0]}") from error
 
 
-def _file(path: Path, reader: Callable[[IO[bytes]], Table] | None, suffix: str) -> Table:
+@contextlib.contextmanager
+def _open_file(
+    path: Path, reader: Callable[[IO[bytes]], Opened] | None, suffix: str
+) -> Iterator[IO[bytes]]:
+    """Opens a file within a `with` block, unpacked, once it is known to be what its name says."""
     if not path.exists():
         raise DataError(f"there is no data file {path}")
     # Opening a pipe would wait for its writer.
@@ -78,55 +105,93 @@ def _file(path: Path, reader: Callable[[IO[bytes]], Table] | None, suffix: str) 
         begins = file.read(4)
         file.seek(0)
         if path.suffix.lower() == ".gz":
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                return reader(io.BytesIO(_bounded(unpacked, path)))
+            with gzip.GzipFile(fileobj=file) as packed:
+                unpacked = io.BufferedReader(Unpacked(packed, path))
+                yield io.BytesIO(unpacked.read()) if suffix == ".parquet" else unpacked
+            return
         if begins[:2] == b"\x1f\x8b":
             raise DataError(f"data {str(path)!r} is packed with gzip; end its name in {suffix}.gz")
         if begins == b"PAR1" and suffix != ".parquet":
             raise DataError(f"data {str(path)!r} is a Parquet file; end its name in .parquet")
-        return reader(file)
+        yield file
 
 
-def _bounded(unpacked: gzip.GzipFile, path: Path) -> bytes:
-    most = max(MOST_UNPACKED, MOST_RATIO * os.path.getsize(path))
-    content = unpacked.read(most + 1)
-    if len(content) > most:
-        raise DataError(
-            f"data {str(path)!r} unfolds into more than {most:,} bytes; "
-            "unpack it yourself if it is meant"
-        )
-    return content
+class Unpacked(io.RawIOBase):
+    """What a gzip file unfolds into, as far as that is no more than a file may hold.
+
+    Args:
+        packed: the file.
+        path: its path.
+    """
+
+    def __init__(self, packed: gzip.GzipFile, path: Path) -> None:
+        self.packed, self.path = packed, path
+        self.most = max(MOST_UNPACKED, MOST_RATIO * os.path.getsize(path))
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to another place, as files do."""
+        return self.packed.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads bytes into `buffer`.
+
+        Raises:
+            DataError: there are too many.
+        """
+        content = self.packed.read(len(buffer))
+        if self.packed.tell() > self.most:
+            raise DataError(
+                f"data {str(self.path)!r} unfolds into more than {self.most:,} bytes; "
+                "unpack it yourself if it is meant"
+            )
+        buffer[: len(content)] = content
+        return len(content)
 
 
-def _json_lines(file: IO[bytes]) -> Table:
+def _json_lines(file: IO[bytes]) -> Opened:
+    return _objects_in(file), {}
+
+
+def _objects_in(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Reads a JSON object on each line; or one JSON array of objects, as .json files hold."""
     start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
     file.seek(0)
     if start.startswith(b"["):
-        return _objects(_parsed(file.read(), "the file")), {}
-    rows = []
+        yield from _objects(_parsed(file.read(), "the file"))
+        return
+    is_first = True
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            rows.append((number, _object(_parsed(line, f"line {number}"), f"line {number}")))
+            row = _object(_parsed(line, f"line {number}"), f"line {number}")
         except DataError:
-            if rows or not start.startswith(b"{"):
+            if not is_first or not start.startswith(b"{"):
                 raise
             file.seek(0)
-            return _whole(file.read())
-    return rows, {}
+            yield from _whole(file.read())
+            return
+        yield number, row
+        is_first = False
 
 
-def _whole(content: bytes) -> Table:
+def _whole(content: bytes) -> Rows:
     """Reads one object over many lines: a row, or an object that holds a list of rows."""
     content_object = _object(_parsed(content, "line 1"), "line 1")
     values = [value for value in content_object.values() if isinstance(value, list) and value]
     lists = [value for value in values if isinstance(value[0], dict)]
     is_row = any(set(layout.columns) <= content_object.keys() for layout in formats.FORMATS)
     if len(lists) == 1 and not is_row:
-        return _objects(lists[0]), {}
-    return [(1, content_object)], {}
+        return _objects(lists[0])
+    return [(1, content_object)]
 
 
 def _objects(content: Any) -> Rows:
@@ -161,73 +226,17 @@ def _no_number(literal: str) -> float:
     raise ValueError(f"{literal} is not a number in JSON")
 
 
-def _separated(delimiter: str) -> Callable[[IO[bytes]], Table]:
-    def read(file: IO[bytes]) -> Table:
-        limit = csv.field_size_limit(LONGEST_CELL)
-        try:
-            text = _decoded(file.read())
-            first = text.partition("\n")[0]
-            mark = ";" if delimiter == "," and "," not in first and ";" in first else delimiter
-            if mark == "\t" and (rows := _unquoted(text)) is not None:
-                return rows, {}
-            cells = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-            return _cells(cells), {}
-        finally:
-            csv.field_size_limit(limit)
-
-    return read
-
-
-def _decoded(content: bytes) -> str:
-    """Decodes UTF-8, or UTF-16 if the text begins with its mark, as Excel writes it."""
-    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-
-
-def _unquoted(text: str) -> Rows | None:
-    """Reads lines of cells between tabs, where a quote is a quote; None if cells span lines."""
-    lines = [line.split("\t") for line in text.replace("\r\n", "\n").split("\n") if line]
-    if len({len(cells) for cells in lines}) != 1:
-        return None
-    quoted = re.compile(r'"(?:[^"]|"")*"')
-    plain = [
-        [c[1:-1].replace('""', '"') if quoted.fullmatch(c) else c for c in cells] for cells in lines
-    ]
-    return _cells(iter(plain))
-
-
-def _cells(reader: Any) -> Rows:
-    rows: Rows = []
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        # Excel writes empty columns at the end.
-        nameless = next((n for n, name in enumerate(reversed(header)) if name), len(header))
-        width = len(header) - nameless
-        if twice := [name for name in header[:width] if header.count(name) > 1]:
-            raise DataError(f"the column {twice[0]!r} stands in the header twice")
-        for number, cells in enumerate((cells for cells in reader if cells), 1):
-            if len(cells) != len(header) or any(cells[width:]):
-                raise DataError(
-                    f"row {number} has {len(cells)} cells, and the header {width}: "
-                    f"{str(cells)[:120]}"
-                )
-            rows.append((number, dict(zip(header[:width], cells[:width], strict=True))))
-    except csv.Error as error:
-        raise DataError(
-            f"line {reader.line_num}: {error}; is a quote missing, or another separator meant?"
-        ) from None
-    return rows
-
-
-def _lines(file: IO[bytes]) -> Table:
+def _lines(file: IO[bytes]) -> Opened:
     lines = enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1)
-    return [(number, {"text": line.rstrip("\n")}) for number, line in lines if line.strip()], {}
+    return ((number, {"text": line.rstrip("\n")}) for number, line in lines if line.strip()), {}
 
 
-def _parquet(file: IO[bytes]) -> Table:
+def _parquet(file: IO[bytes]) -> Opened:
     import datasets
     import pyarrow.parquet
 
-    stored = pyarrow.parquet.ParquetFile(file).metadata
+    content = pyarrow.parquet.ParquetFile(file)
+    stored, schema = content.metadata, content.schema_arrow
     cells = stored.num_rows * stored.num_columns
     size = sum(stored.row_group(n).total_byte_size for n in range(stored.num_row_groups))
     if max(cells, size) > max(MOST_UNPACKED, MOST_RATIO * file.seek(0, os.SEEK_END)):
@@ -235,18 +244,16 @@ def _parquet(file: IO[bytes]) -> Table:
             f"the table unfolds into {cells:,} cells of {size:,} bytes; keep the rows that are "
             "meant"
         )
-    content = pyarrow.parquet.read_table(file)
-    has_features = b"huggingface" in (content.schema.metadata or {})
-    features = datasets.Features.from_arrow_schema(content.schema) if has_features else {}
-    return _filled(content.to_pylist()), _class_names(features)
+    has_features = b"huggingface" in (schema.metadata or {})
+    features = datasets.Features.from_arrow_schema(schema) if has_features else {}
+    return _filled(content.iter_batches(batch_size=ROWS_AT_ONCE)), _class_names(features)
 
 
-def _filled(rows: list[dict[str, Any]]) -> Rows:
+def _filled(batches: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbers a table's rows, and drops the nulls that Arrow adds for keys of other rows."""
-    return [
-        (number, {key: _without_nulls(value) for key, value in row.items()})
-        for number, row in enumerate(rows, 1)
-    ]
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
+        yield number, {key: _without_nulls(value) for key, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -263,7 +270,7 @@ def _class_names(features: Any) -> dict[str, list[str]]:
     return {name: list(kind.names) for name, kind in kinds.items()}
 
 
-def _hub(name: str) -> Table:
+def _hub(name: str, streaming: bool) -> Opened:
     """Reads a split of a hub data set, by default "train"."""
     import datasets
 
@@ -277,16 +284,17 @@ def _hub(name: str) -> Table:
     if config is not None and part is None:
         config, part = None, config
     datasets.disable_progress_bars()
-    content = datasets.load_dataset(path, config, split=part or "train")
-    return _filled(content.to_list()), _class_names(content.features)
+    content: Any = datasets.load_dataset(path, config, split=part or "train", streaming=streaming)
+    batches = content.with_format("arrow").iter(batch_size=ROWS_AT_ONCE)
+    return _filled(batches), _class_names(content.features or {})
 
 
-READERS: dict[str, Callable[[IO[bytes]], Table]] = {
+READERS: dict[str, Callable[[IO[bytes]], Opened]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_lines,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
+    ".csv": separated(","),
+    ".tsv": separated("\t"),
     ".txt": _lines,
     ".parquet": _parquet,
 }

@@ -28,12 +28,25 @@ class Encoded:
         dropped: how many rows have nothing to learn.
         cut: how many rows have a last answer that does not end within the length.
         where: each example's place in the data, for messages.
+        of_sources: how many examples each source has, in their order; None if nobody asked.
     """
 
     examples: list[dict[str, Any]]
     dropped: int
     cut: int = 0
     where: list[str] = dataclasses.field(default_factory=list)
+    of_sources: list[int] | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Returns the examples of several sources as one."""
+        return cls(
+            [example for part in parts for example in part.examples],
+            sum(part.dropped for part in parts),
+            sum(part.cut for part in parts),
+            [place for part in parts for place in part.where],
+            [len(part.examples) for part in parts],
+        )
 
 
 class Encoder:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     if isinstance(recipe.chat_template, str):
         template_named(recipe.chat_template)
 
-    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task)
-    check_meant(recipe, rows)
+    rows = read_data(recipe)
     train_rows, held_rows = held_out_rows(recipe, rows)
     task = task_for(rows, recipe.labels, config_of(recipe.model))
     show_rows(console, rows, held_rows)
@@ -92,7 +92,8 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     length = limits.row_length(limits.position_count(loaded.model), wanted)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=task.labels, max_length=length)
     recipe, template = _with_template(recipe, loaded, rows)
-    train, held_out = (encoded(recipe, part, loaded, task) for part in (train_rows, held_rows))
+    train = by_source(recipe, train_rows, lambda part: encoded(recipe, part, loaded, task))
+    held_out = encoded(recipe, held_rows, loaded, task)
     limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
 
     out = Path(recipe.out).expanduser()
@@ -202,10 +203,32 @@ def check_meant(recipe: Recipe, rows: DataRows) -> None:
         )
 
 
+def read_data(recipe: Recipe) -> DataRows:
+    """Reads a recipe's data: of each source all rows, or as many as are trained on and held out.
+
+    Raises:
+        DataError: see `reading.read_rows` and `check_meant`.
+    """
+    most = recipe.max_rows
+    if most is not None and recipe.eval_data is None:
+        # Held-out rows come on top, and one more in case the share is rounded up.
+        held_out = round(most * recipe.holdout / (1 - recipe.holdout)) + 1
+        most += min(held_out, reading.HOLDOUT_LIMIT)
+    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task, most)
+    check_meant(recipe, rows)
+    return rows
+
+
 def held_out_rows(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
-    """Returns the rows to train on and the rows to evaluate on."""
+    """Returns the rows to train on and the rows to evaluate on.
+
+    Args:
+        recipe: says how many there are, or which.
+        rows: what `read_data` returned.
+    """
     if recipe.eval_data is None:
-        return reading.split(rows, recipe.holdout, recipe.seed)
+        train, held_out = reading.split(rows, recipe.holdout, recipe.seed)
+        return train if recipe.max_rows is None else train.first(recipe.max_rows), held_out
     task = rows.task if rows.has_labels else None
     held_out = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format, task)
     if held_out.task != rows.task:
@@ -214,6 +237,30 @@ def held_out_rows(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
             f"but {rows.name} has {rows.formats[0]}"
         )
     return rows, held_out
+
+
+def by_source(recipe: Recipe, rows: DataRows, encode: Callable[[DataRows], Encoded]) -> Encoded:
+    """Tokenises the rows to train on; where sources have weights, each for itself.
+
+    Args:
+        recipe: has the weights.
+        rows: the rows.
+        encode: tokenises some of them.
+
+    Raises:
+        DataError: a source has no row left to weigh; or see `encode`.
+    """
+    if not recipe.data_weights:
+        return encode(rows)
+    parts = rows.by_source()
+    if len(parts) < len(recipe.data):
+        names = [part.name for part in parts]
+        empty = next((name for name in recipe.data if name not in names), recipe.data[-1])
+        raise DataError(
+            f"{empty}: all of its rows are held out, so --data-weights has nothing to repeat; "
+            "give more rows, or held-out rows with --eval-data"
+        )
+    return Encoded.joined([encode(part) for part in parts])
 
 
 def encoded(recipe: Recipe, rows: DataRows, loaded: Loaded, task: Task) -> Encoded:

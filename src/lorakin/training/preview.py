@@ -15,8 +15,11 @@ from lorakin.training import limits, reading
 from lorakin.training.alarms import repeated, row_key
 from lorakin.training.batches import Row
 from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import Encoded
+from lorakin.training.epoch import Epoch, EpochFigures
 from lorakin.training.models import config_of, load_tokenizer
-from lorakin.training.prepare import check_meant, held_out_rows
+from lorakin.training.prepare import by_source, held_out_rows, read_data
+from lorakin.training.reading import DataRows
 from lorakin.training.recipe import Recipe
 from lorakin.training.tasks import Task, task_for
 from lorakin.training.token_labels import IGNORED
@@ -41,6 +44,7 @@ class Preview:
         dropped: rows without anything to learn.
         cut: rows whose last answer does not end within the length.
         doubled: rows that stand there before, token by token.
+        epoch: what one pass over the data trains on.
         held_out: rows that would be held out, and how many of them are trained on, too.
         examples: some rows as the model would see them.
     """
@@ -55,6 +59,7 @@ class Preview:
     dropped: int
     cut: int
     doubled: int
+    epoch: EpochFigures
     held_out: tuple[int, int]
     examples: list[RichText]
 
@@ -72,6 +77,7 @@ class Preview:
             "rows": len(self.lengths),
             "tokens": sum(self.lengths),
             "lengths": dict(zip(names, self.quantiles(), strict=True)),
+            "epoch": dataclasses.asdict(self.epoch),
             "held_out": {"rows": self.held_out[0], "trained_on": self.held_out[1]},
             "examples": [example.plain for example in self.examples],
         }
@@ -86,8 +92,7 @@ def preview(recipe: Recipe) -> Preview:
     Raises:
         LorakinError: the data cannot be read or does not suit the model.
     """
-    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task)
-    check_meant(recipe, rows)
+    rows = read_data(recipe)
     train_rows, held_rows = held_out_rows(recipe, rows)
     config = config_of(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -95,10 +100,12 @@ def preview(recipe: Recipe) -> Preview:
     if task.labels is None:
         use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
     length = limits.row_length(limits.position_count_of_config(config), recipe.max_length)
-    train, held_out = (
-        task.encode(part, tokenizer, length, loss_on=recipe.loss_on)
-        for part in (train_rows, held_rows)
-    )
+    recipe = dataclasses.replace(recipe, max_length=length)
+
+    def encode(part: DataRows) -> Encoded:
+        return task.encode(part, tokenizer, length, loss_on=recipe.loss_on)
+
+    train, held_out = by_source(recipe, train_rows, encode), encode(held_rows)
     # Without --eval-data the rows that are held out are rows of this data too.
     parts = [train] if recipe.eval_data is not None else [train, held_out]
     examples: list[Row] = [example for part in parts for example in part.examples]
@@ -114,6 +121,7 @@ def preview(recipe: Recipe) -> Preview:
         sum(part.dropped for part in parts),
         sum(part.cut for part in parts),
         sum(count - 1 for count in counts.values()),
+        EpochFigures.of(Epoch.of(train, recipe), recipe),
         (len(held_out.examples), repeated(train.examples, held_out.examples)),
         _shown(task, examples, tokenizer),
     )

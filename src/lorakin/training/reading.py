@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,17 @@ class DataRows:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def by_source(self) -> list[DataRows]:
+        """Returns the rows of each source, for those that have any."""
+        groups = itertools.groupby(self.records, key=lambda record: id(record.source))
+        parts = [list(group) for _, group in groups]
+        return [dataclasses.replace(self, name=p[0].source.name, records=p) for p in parts]
+
+    def first(self, most: int) -> DataRows:
+        """Returns the first rows of each source."""
+        parts = [part.records[:most] for part in self.by_source()]
+        return dataclasses.replace(self, records=[record for part in parts for record in part])
 
     @property
     def formats(self) -> list[str]:
@@ -114,6 +126,7 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     layout: str | None = None,
     task: str | None = None,
+    most: int | None = None,
 ) -> DataRows:
     """Reads data files or hub data sets, and what their rows say.
 
@@ -125,6 +138,7 @@ def read_rows(
             ignored then.
         layout: the name of the format; by default it is detected.
         task: the word of the task; by default it is detected.
+        most: how many rows of each are read, the first ones; None for all.
 
     Raises:
         DataError: nothing there, unreadable, no rows, columns of no known format, or a row that
@@ -133,7 +147,7 @@ def read_rows(
     if layout is not None and layout not in formats.NAMES:
         raise DataError(f"format must be one of {', '.join(formats.NAMES)}, not {layout!r}")
     names = [names] if isinstance(names, str) else names
-    parts = [_read_one(name, columns or {}, layout) for name in names]
+    parts = [_read_one(name, columns or {}, layout, most) for name in names]
     if len({part.formats[0] if part.has_labels else LANGUAGE for part in parts}) > 1:
         kinds = "; ".join(f"{part.name} has format {part.formats[0]}" for part in parts)
         raise DataError(f"data of a classifier and of a language model cannot be mixed: {kinds}")
@@ -157,8 +171,10 @@ def read_rows(
     return dataclasses.replace(rows, chosen_task=rows.task)
 
 
-def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> DataRows:
-    numbered, label_names = data_files.table(name)
+def _read_one(
+    name: str, columns: Mapping[str, str], layout: str | None, most: int | None
+) -> DataRows:
+    numbered, label_names = data_files.table(name, most)
     if not numbered:
         raise DataError(f"data {name!r} has no rows")
     if columns:

@@ -17,6 +17,7 @@ from lorakin.errors import SettingError
 from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
 from lorakin.training.formats import NAMES, TASKS
 from lorakin.training.glue import GLUE, task_and_metric
+from lorakin.training.recipe_data import DataSettings
 from lorakin.training.recipe_option import DATA, DEVICES, METHOD, OPTIMISATION, OUTPUT, Option
 from lorakin.training.recipe_run import RunSettings
 from lorakin.training.recipe_values import as_kind
@@ -58,7 +59,7 @@ Sources = Annotated[list[str], Check("at least one file or hub data set", bool)]
 
 
 @dataclasses.dataclass
-class Recipe(RunSettings):
+class Recipe(RunSettings, DataSettings):
     """The settings of one run of `lorakin train`.
 
         >>> recipe = Recipe(model="smollm2", data="rows.jsonl", out="adapter", rank=8, lr="2e-4")
@@ -264,6 +265,7 @@ class Recipe(RunSettings):
         self.task, self.metric = task_and_metric(self.task, self.metric, self.data)
         if self.steps is not None and self.epochs is not None:
             raise SettingError("give steps or epochs, not both")
+        self.check_data(len(self.data))
 
         from lorakin.training import schedules  # which imports transformers
 
@@ -291,7 +293,7 @@ class Recipe(RunSettings):
 def kinds() -> dict[str, Any]:
     """Returns the type of each field of `Recipe`, by name, with its checks and its `Option`."""
     hints = typing.get_type_hints(Recipe, include_extras=True)
-    # Those of `RunSettings` last.
+    # Those of `RunSettings` and `DataSettings` last.
     fields = sorted(dataclasses.fields(Recipe), key=lambda field: bool(field.kw_only))
     return {field.name: hints[field.name] for field in fields}
 

@@ -45,7 +45,10 @@ def as_kind(kind: Any, value: Any) -> Any:
     if value is None:
         return None
     if origin is list:  # one name need not be a list, and a token's id is a name too
+        of = plain(typing.get_args(kind)[0])
         items = value if isinstance(value, list | tuple) else [value]
+        if of is not str:
+            return [as_kind(of, item) for item in items]
         return [str(item) if isinstance(item, int) else item for item in items]
     if origin is dict and isinstance(value, dict):
         of = typing.get_args(kind)[1]

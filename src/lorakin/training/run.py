@@ -15,6 +15,7 @@ from lorakin.adapter import Adapter
 from lorakin.training import processes
 from lorakin.training.batches import digest
 from lorakin.training.encoding import Encoded
+from lorakin.training.epoch import Epoch
 from lorakin.training.models import Loaded
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import RunDirectoryLock
@@ -63,8 +64,13 @@ class PreparedRun:
     @property
     def total_steps(self) -> int:
         """The optimizer steps of the whole run."""
-        per_epoch = math.ceil(len(self.train.examples) / self.rows_per_step)
+        per_epoch = math.ceil(len(self.epoch) / self.rows_per_step)
         return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
+
+    @functools.cached_property
+    def epoch(self) -> Epoch:
+        """What one pass over the data trains on."""
+        return Epoch.of(self.train, self.recipe)
 
     @functools.cached_property
     def rows_digest(self) -> int:

@@ -18,6 +18,7 @@ from lorakin.storage.summary import by_layer
 from lorakin.terminal import labelled, visible
 from lorakin.training import processes, reading
 from lorakin.training.alarms import repeated, warn
+from lorakin.training.epoch import EpochFigures
 from lorakin.training.evaluate import described
 from lorakin.training.reading import DataRows
 from lorakin.training.run import Ending, PreparedRun
@@ -36,6 +37,8 @@ def show_run(run: PreparedRun) -> None:
     """Shows what will be trained on what, with one example and where its loss is taken."""
     recipe, console = run.recipe, run.console
     console.print(labelled("model  ", _model_line(run)))
+    for line in EpochFigures.of(run.epoch, recipe).lines():
+        console.print(labelled("epoch  ", line))
     gpus = torch.cuda.device_count()
     if gpus > 1 and processes.count() == 1 and run.loaded.model.device.type == "cuda":
         console.print(labelled(f"1 of {gpus} GPUs", " is used; --gpus all uses all", "yellow"))

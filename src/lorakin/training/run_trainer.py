@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import datasets
 import torch
 import transformers
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lorakin.adapter import Adapter
 from lorakin.errors import DivergedError
 from lorakin.training import processes, run_directory, watching
 from lorakin.training.batches import smoothed
+from lorakin.training.epoch import EpochLengthGroups
 from lorakin.training.run import PreparedRun
 from lorakin.training.trainers import AdapterTraining
 
@@ -44,6 +45,13 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
             self.args, self.state, self.control, figures
         )
         return figures
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        # transformers' own begins each epoch where the global generator is, which a run that is
+        # resumed in a later epoch does not know.
+        is_grouped = isinstance(sampler, LengthGroupedSampler)
+        return EpochLengthGroups.of(sampler, self.args.data_seed) if is_grouped else sampler
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
@@ -99,7 +107,7 @@ def trainer_of(
         held_out,
         model=run.loaded.model,
         args=on_one_device(transformers.TrainingArguments(**arguments(run))),
-        train_dataset=datasets.Dataset.from_list(run.train.examples),
+        train_dataset=run.epoch.dataset(),
         eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
         compute_loss_func=loss_of(run),
@@ -139,6 +147,7 @@ def arguments(run: PreparedRun) -> dict[str, Any]:
         "max_grad_norm": recipe.max_grad_norm,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
+        "train_sampling_strategy": "group_by_length" if recipe.group_by_length else "random",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",

@@ -1,0 +1,53 @@
+"""The part of a recipe that says how much of the data is read, and how it becomes batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated
+
+from lorakin.errors import SettingError
+from lorakin.storage.schema import Check
+from lorakin.training.recipe_option import DATA, Option
+
+AtLeastOne = Annotated[int, Check("a whole number ≥ 1", lambda value: value >= 1)]
+Weight = Annotated[
+    float, Check("a number above 0", lambda value: value > 0 and math.isfinite(value))
+]
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataSettings:
+    """Fields of `Recipe`: how many rows of each source, in which shares, and in which batches."""
+
+    max_rows: Annotated[
+        AtLeastOne | None,
+        Option(DATA, "Train on the first N rows of each --data, and read no more.", default="all"),
+    ] = None
+    data_weights: Annotated[
+        list[Weight],
+        Option(
+            DATA,
+            "Shares of the rows that training sees, one for each --data: 2,1. Rows of a source "
+            "that has too few are repeated.",
+            default="each row once",
+        ),
+    ] = dataclasses.field(default_factory=list)
+    group_by_length: Annotated[
+        bool, Option(DATA, "Put rows of about the same length into a batch: less padding.")
+    ] = False
+
+    def check_data(self, sources: int) -> None:
+        """Checks the fields against each other.
+
+        Args:
+            sources: how many `--data` there are.
+
+        Raises:
+            SettingError: they contradict each other.
+        """
+        if self.data_weights and len(self.data_weights) != sources:
+            raise SettingError(
+                f"--data-weights {','.join(f'{weight:g}' for weight in self.data_weights)} has "
+                f"{len(self.data_weights)} weights, and there are {sources} --data; give one each"
+            )

@@ -15,6 +15,7 @@ from compare.test_comparison import arguments, result_of, rows_of
 from conftest import WORDS
 from lorakin.cli.app import run as cli
 from lorakin.compare import directory
+from lorakin.compare.comparison import Comparison
 from lorakin.compare.results import DONE, FAILED, REFUSED
 from lorakin.training.evaluate import evaluate_rows
 
@@ -144,3 +145,13 @@ def test_a_class_for_each_word(bert_dir: str, tmp_path: Path) -> None:
         f1 = sklearn.metrics.f1_score(right, given, average="macro", zero_division=0.0)
         assert row.report["macro_f1"] == pytest.approx(f1)
     assert found["arms"][-1]["arm"] == "constant"
+
+
+def test_a_task_of_glue_brings_its_metric(tmp_path: Path) -> None:
+    def of(**more: Any) -> Comparison:
+        out = str(tmp_path / "out")
+        recipe = {"task": "cola"}
+        return Comparison("m", "rows.jsonl", out, methods=["vera"], recipe=recipe, **more)
+
+    assert of().metric == "matthews"
+    assert of(metric="f1").metric == "f1"

@@ -74,6 +74,8 @@ class Comparison:
                 f"--budget {self.budget} fits no trial: a run needs at least {LEAST_STEPS} steps"
             )
         self.base_recipe = Recipe(model=self.model, data=[self.data], out=self.out, **self.recipe)
+        # A task of GLUE brings its own.
+        self.metric = self.metric or self.base_recipe.metric
 
     @property
     def size(self) -> tuple[int, float]:

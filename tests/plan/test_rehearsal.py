@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lorakin.family import FAMILY, Member, method_named
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.few_layers import rehearse
 from lorakin.plan.meta_model import with_assumed_importance
-from lorakin.plan.rehearsal import FORWARD, SETUP, STEP, RehearsedRun, _loss, _rows, rehearse_whole
+from lorakin.plan.rehearsal import FORWARD, SETUP, STEP, RehearsedRun, _loss, rehearse_whole
 from lorakin.plan.traced import Traced
 from plan.small import MACHINE, conditions, small
 
@@ -31,21 +33,84 @@ def test_tensors_without_numbers_take_what_real_ones_take(kind: type[Member]) ->
     where = conditions(dtype=dtype, steps=600)
     planned = rehearse_whole(where, method, MACHINE)
     model = transformers.LlamaForCausalLM(small()).to(dtype).train()
-    batch = {key: t for key, t in _rows(where).items() if key != "attention_mask"}
+    task = where.learned
+    rows = task.full_batch(where.batch_size, where.max_length)
+    batch = {key: t for key, t in rows.items() if key != "attention_mask"}
     known = with_assumed_importance(model, method)
     varied = {**batch, "input_ids": torch.randint(128, batch["input_ids"].shape)}
-    data = {} if known.measured_member is None else {"probe": [varied], "loss": _loss}
+    data = (
+        {} if known.measured_member is None else {"probe": [varied], "loss": partial(_loss, task)}
+    )
     with Traced(MACHINE, real=True) as traced:
         traced.see(model.parameters(), "weights")
         traced.see(model.buffers(), "weights")
         with traced.phase(SETUP, makes="adapter"):
             adapter = lk.adapt(model, known, seed=0, **data)  # type: ignore[arg-type]
         optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=600)
-        RehearsedRun(model, adapter, optimizer, batch, traced).steps()
+        RehearsedRun(model, adapter, optimizer, task, batch, traced).steps()
     close = 2e-3 if known.measured_member is None else 1e-2  # a look at data may move ranks
     for phase in (FORWARD, STEP):
         real = traced.peaks[phase].total
         assert planned.peaks[phase].total == pytest.approx(real, rel=close), phase
+
+
+BERT = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+T5 = {
+    "vocab_size": 128, "d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4,
+    "dropout_rate": 0.0, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        ("classification", 3),
+        ("multi-label", 3),
+        ("regression", 1),
+        ("token-classification", 5),
+        ("seq2seq", None),
+    ],
+)
+def test_each_task_takes_what_its_training_takes(task: str, labels: int | None) -> None:
+    config = (
+        transformers.T5Config(**T5)
+        if task == "seq2seq"
+        else transformers.BertConfig(**BERT, num_labels=labels)
+    )
+    few: dict[str, Any] = {"batch_size": 4, "max_length": 24, "padded": False}
+    where = Conditions(config, torch.float32, labels=labels, task=task, **few)
+    method = method_named("lora", {})
+    planned = rehearse_whole(where, method, MACHINE)
+
+    learned = where.learned
+    assert learned.word == task
+    model = getattr(transformers, learned.auto).from_config(config).train()
+    rows = learned.full_batch(4, 24)
+    batch = {key: t for key, t in rows.items() if key != "attention_mask"}
+    with Traced(MACHINE, real=True) as traced:
+        traced.see(model.parameters(), "weights")
+        traced.see(model.buffers(), "weights")
+        with traced.phase(SETUP, makes="adapter"):
+            adapter = lk.adapt(model, method, **where.adapt_arguments(model))
+        optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=9)
+        RehearsedRun(model, adapter, optimizer, learned, batch, traced).steps()
+    assert planned.trainable_parameters == adapter.trainable_parameters
+    for phase in (FORWARD, STEP):
+        real = traced.peaks[phase].total
+        assert planned.peaks[phase].total == pytest.approx(real, rel=2e-3), phase
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [("language", 3), ("token-classification", None), ("regression", 2), ("seq2seq", None)],
+)
+def test_labels_that_do_not_suit_the_task(task: str, labels: int | None) -> None:
+    where = conditions(task=task, labels=labels)
+    with pytest.raises((lk.SettingError, lk.ModelError)):
+        where.model()
 
 
 def test_a_longer_run_holds_the_anchors_too() -> None:

@@ -184,6 +184,7 @@ def test_long_rows_train_and_are_evaluated(
 def test_plan_says_it(gpt2_dir: str, model_dir: str) -> None:
     given: dict[str, Any] = {
         "labels": None,
+        "task": None,
         "dtype": "float32",
         "device": "cpu",
         "targets": [],

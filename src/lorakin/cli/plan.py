@@ -22,6 +22,7 @@ EXAMPLES = examples(
     "lorakin plan --model org/model --methods 'lora dora dora,lora+' --rank 32 --batch-size 4 "
     "--memory 24GB",
     "lorakin plan --model org/model --device cuda --dtype bfloat16 --fuse --json",
+    "lorakin plan --model minilm --task token-classification --labels 9 --max-length 128",
 )
 
 
@@ -36,8 +37,8 @@ LENGTH_HELP = (
 )
 DEVICE_HELP = "cpu or cuda. \\[default: what lorakin train would take]"
 OF_A_RECIPE = (
-    "targets", "exclude", "layers", "modules_to_save", "rank_above", "batch_size", "accumulate",
-    "gradient_checkpointing", "fuse", "dtype", "quantize",
+    "task", "targets", "exclude", "layers", "modules_to_save", "rank_above", "batch_size",
+    "accumulate", "gradient_checkpointing", "fuse", "dtype", "quantize",
 )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def command(
         int | None,
         typer.Option(
             help="Number of classes, to plan a classifier instead of a language model; 1 for "
-            "regression."
+            "regression. --task says which kind of classifier."
         ),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help=LENGTH_HELP)] = None,

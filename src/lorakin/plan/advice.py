@@ -20,9 +20,11 @@ from lorakin.plan.memory import available_of, imported_bytes, parse_memory, size
 from lorakin.plan.prediction import LOADING, QUANTISED, Plan, frozen_step, plan_method
 from lorakin.plan.rehearsal import EVALUATION
 from lorakin.plan.remedies import DEARER, LARGEST_BATCH, doubled_batch, highest_rank, remedies
+from lorakin.training.glue import task_and_metric
 from lorakin.training.limits import position_count_of_config, row_length
 from lorakin.training.models import config_of
 from lorakin.training.precision import DTYPES, best_device, resolve_dtype
+from lorakin.training.tasks import planned_task
 from lorakin.training.yaml_values import parse_settings
 
 USUAL_LENGTH = 1024
@@ -84,12 +86,10 @@ class Advice:
         """What was planned."""
         c = self.conditions
         weights = next(row.plan.weight_bytes for row in self.rows if row.plan is not None)
-        kind = "a causal language model"
-        if c.labels is not None:
-            kind = f"a classifier of {c.labels} classes" if c.labels > 1 else "a regression model"
+        classes = f" of {c.labels} classes" if c.labels is not None and c.labels > 1 else ""
         headline = (
-            f"{self.model}, {kind} in {_name(c.dtype)} on {c.device}: {size(weights)}; "
-            f"{c.batch_size} rows of {c.max_length} tokens"
+            f"{self.model}, for the task {c.learned.word}{classes}, in {_name(c.dtype)} on "
+            f"{c.device}: {size(weights)}; {c.batch_size} rows of {c.max_length} tokens"
         )
         if c.fuse:
             headline += ", fused"
@@ -167,6 +167,7 @@ def advise(
     settings: Sequence[str] | None,
     *,
     labels: int | None,
+    task: str | None,
     dtype: str,
     quantize: str | None,
     device: str | None,
@@ -182,6 +183,7 @@ def advise(
             `Member.comparable_settings`). None: each method has its default.
         settings: more settings, for the methods that have them.
         labels: the number of a classifier's classes, 1 for regression; None for a language model.
+        task: the word of the task; None is what `labels` tells.
         dtype: "float32", "bfloat16", "float16", "base" or "auto".
         quantize: a key of `QUANTISED`, or None.
         device: "cpu" or "cuda"; None is what `lorakin train` would take.
@@ -198,7 +200,9 @@ def advise(
         quantize is None or quantize in QUANTISED,
         f"quantize must be one of {', '.join(QUANTISED)}, not {quantize!r}",
     )
-    conditions = conditions_of(model, labels=labels, dtype=dtype, device=device, **fields)
+    conditions = conditions_of(
+        model, labels=labels, task=task, dtype=dtype, device=device, **fields
+    )
     imported = imported_bytes(conditions.device)
     total = available_of(conditions.device, imported) if total is None else total
     room = None if total is None else total - imported
@@ -233,6 +237,7 @@ def conditions_of(
     model: str,
     *,
     labels: int | None,
+    task: str | None,
     dtype: str,
     device: str | None,
     targets: Sequence[str],
@@ -253,12 +258,15 @@ def conditions_of(
 
     classes = None if labels is None else [str(number) for number in range(labels)]
     config = config_of(model, classes)
+    task, _ = task_and_metric(task, None, [])
+    planned_task(task, labels, config)
     chosen = DTYPES.get(resolve_dtype(dtype, labels is not None), config.dtype or torch.float32)
     return Conditions(
         config=config,
         dtype=chosen,
         device=device or best_device().type,
         labels=labels,
+        task=task,
         max_length=_length(model, config, max_length),
         padded=others["batch_size"] > 1,
         targets=targets[0] if len(targets) == 1 else list(targets) or ALL_LINEAR,

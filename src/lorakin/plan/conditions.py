@@ -11,6 +11,7 @@ import torch
 from lorakin.inject.heads import head_of
 from lorakin.inject.targets import ALL_LINEAR, Targets
 from lorakin.plan.meta_model import meta_model
+from lorakin.training.tasks import Task, planned_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Conditions:
         dtype: the dtype of the base model.
         device: "cpu" or "cuda". Both are rehearsed with the CPU's operations, which torch has
             everywhere.
-        labels: the number of a classifier's classes, 1 for regression; None for a causal language
-            model.
+        labels: the number of a classifier's classes, 1 for regression; None for a language model.
+        task: the word of the task; None is what `labels` tells.
         batch_size: the number of rows in a batch.
         max_length: the number of tokens in every row.
         accumulate: the number of batches in an optimizer step.
@@ -37,6 +38,7 @@ class Conditions:
     dtype: torch.dtype
     device: str = "cpu"
     labels: int | None = None
+    task: str | None = None
     batch_size: int = 8
     max_length: int = 1024
     accumulate: int = 1
@@ -50,13 +52,22 @@ class Conditions:
     rank_above: str = "refuse"
     steps: int = 1000
 
+    @property
+    def learned(self) -> Task:
+        """The task.
+
+        Raises:
+            SettingError: `labels` does not suit it.
+        """
+        return planned_task(self.task, self.labels, self.config)
+
     def model(self) -> Any:
         """Returns the model on the meta device.
 
         Raises:
             ModelError: the config belongs to another kind of model.
         """
-        return meta_model(self.config, self.dtype, self.labels is not None)
+        return meta_model(self.config, self.dtype, auto=self.learned.auto)
 
     def adapt_arguments(self, model: Any) -> dict[str, Any]:
         """Returns the arguments of `lorakin.adapt` that choose modules; a new head trains whole."""

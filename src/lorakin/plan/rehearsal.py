@@ -27,8 +27,8 @@ from lorakin.plan.conditions import Conditions
 from lorakin.plan.machine import Machine
 from lorakin.plan.meta_model import give_tensors, with_assumed_importance
 from lorakin.plan.traced import Peak, Traced
-from lorakin.training.batches import AnswerCollator, answer_loss
 from lorakin.training.run_trainer import checkpoint_activations
+from lorakin.training.tasks import Task
 
 SETUP, FORWARD, STEP, EVALUATION = (
     "setting up",
@@ -70,7 +70,8 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
         ModelError: what the model does depends on the values of its tensors.
         LorakinError: the method cannot run on this model with these settings.
     """
-    rows, model = _rows(conditions), conditions.model()
+    task, model = conditions.learned, conditions.model()
+    rows = task.full_batch(conditions.batch_size, conditions.max_length)
     with (
         _rehearsable(conditions),
         FakeMode() as fake,
@@ -89,7 +90,8 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
             optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=steps)
 
         batch = _as_given(rows, conditions, model, fake)
-        run = RehearsedRun(model, adapter, optimizer, batch, traced, conditions.accumulate > 1)
+        accumulates = conditions.accumulate > 1
+        run = RehearsedRun(model, adapter, optimizer, task, batch, traced, accumulates)
         seconds = run.steps()
         run.evaluate()
 
@@ -107,13 +109,14 @@ def frozen_seconds_whole(conditions: Conditions, machine: Machine) -> float:
 
     The embeddings want gradients, so that there is a backward.
     """
-    rows, model = _rows(conditions), conditions.model()
+    task, model = conditions.learned, conditions.model()
+    rows = task.full_batch(conditions.batch_size, conditions.max_length)
     with _rehearsable(conditions), FakeMode() as fake, Traced(machine) as traced:
         _prepare_model(model, conditions, traced)
         model.requires_grad_(False)
         model.enable_input_require_grads()
         with traced.phase(FORWARD, makes="activations"):
-            torch.autograd.backward(_loss(model, _as_given(rows, conditions, model, fake)))
+            torch.autograd.backward(_loss(task, model, _as_given(rows, conditions, model, fake)))
         return float(traced.seconds[FORWARD])
 
 
@@ -150,6 +153,7 @@ class RehearsedRun:
 
     Attributes:
         model, adapter, optimizer: those of the run.
+        task: what is learned.
         batch: the model's inputs.
         traced: counts the tensors.
         accumulates: whether gradients stay for the next batch.
@@ -159,6 +163,7 @@ class RehearsedRun:
     model: Any
     adapter: Adapter
     optimizer: torch.optim.Optimizer
+    task: Task
     batch: dict[str, Tensor]
     traced: Traced
     accumulates: bool = False
@@ -206,7 +211,7 @@ class RehearsedRun:
         if self.accumulates:
             self._begin_gradients(FORWARD)
         with self.traced.phase(FORWARD, makes="activations"):
-            loss = _loss(self.model, self.batch)
+            loss = _loss(self.task, self.model, self.batch)
             torch.autograd.backward(loss)
             del loss
         self.optimize(number)
@@ -239,7 +244,7 @@ class RehearsedRun:
         """Runs the model on a batch of held-out rows."""
         self.model.eval()
         with self.traced.phase(EVALUATION, makes="activations"):
-            _loss(self.model, self.batch)
+            _loss(self.task, self.model, self.batch)
 
 
 def _prepare_model(model: Any, conditions: Conditions, traced: Traced) -> None:
@@ -254,32 +259,22 @@ def _prepare_model(model: Any, conditions: Conditions, traced: Traced) -> None:
         checkpoint_activations(model)
 
 
-def _rows(conditions: Conditions) -> dict[str, Tensor]:
-    """Returns a real batch of full rows, whose tokens are all answers."""
-    row = [1] * conditions.max_length
-    return AnswerCollator(0)([{"input_ids": row, "labels": row}] * conditions.batch_size)
-
-
 def _as_given(
     rows: dict[str, Tensor], conditions: Conditions, model: Any, fake: FakeMode
 ) -> dict[str, Tensor]:
     """Returns the rows as the model takes them, as tensors without data."""
     batch: dict[str, Tensor] = {key: fake.from_tensor(tensor) for key, tensor in rows.items()}
-    takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-    if conditions.labels is not None:
-        batch["labels"] = batch["input_ids"][:, 0]
-    elif not takes_logits_to_keep:
+    takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
+    # A collator gives the positions of answers only to a forward that takes them.
+    if not takes_positions and batch.pop("logits_to_keep", None) is not None:
         batch["labels"] = batch["input_ids"]
-    if not takes_logits_to_keep or conditions.labels is not None:
-        del batch["logits_to_keep"]
     if not conditions.padded:
         # Where tensors have data, transformers sees that nothing is padded and drops the mask.
         del batch["attention_mask"]
     return batch
 
 
-def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    if batch["labels"].ndim == 1:
-        return model(**batch).loss  # type: ignore[no-any-return]
+def _loss(task: Task, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the loss of a batch as the Trainer takes it."""
     inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
-    return answer_loss(model(**inputs), batch["labels"])
+    return task.loss(model(**inputs), batch["labels"], None)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorakin.errors import DataError
+from lorakin.family.settings import require
 from lorakin.training.base_class import is_seq2seq
-from lorakin.training.formats import REGRESSION, SEQ2SEQ
+from lorakin.training.formats import CLASSIFICATION, LANGUAGE, REGRESSION, SEQ2SEQ
 from lorakin.training.reading import DataRows
 from lorakin.training.tasks.language import Language
 from lorakin.training.tasks.seq2seq import Seq2Seq
@@ -16,7 +17,15 @@ from lorakin.training.tasks.sequence import Classification, MultiLabel, Regressi
 from lorakin.training.tasks.task import Evaluation, RowAnswers, Task
 from lorakin.training.tasks.tokens import TokenClassification
 
-__all__ = ["Evaluation", "RowAnswers", "Task", "kind_of_task", "task_for", "task_of_model"]
+__all__ = [
+    "Evaluation",
+    "RowAnswers",
+    "Task",
+    "kind_of_task",
+    "planned_task",
+    "task_for",
+    "task_of_model",
+]
 
 WITH_LABELS: dict[str, Any] = {
     task.word: task for task in (Classification, MultiLabel, Regression, TokenClassification)
@@ -49,6 +58,36 @@ def task_for(rows: DataRows, labels: Sequence[str] | None = None, config: Any = 
         )
     without_labels: Task = kind()
     return without_labels
+
+
+def planned_task(word: str | None, labels: int | None, config: Any) -> Task:
+    """Returns a task of which only the number of classes is known.
+
+    >>> planned_task(None, 3, None)
+    Classification(labels=['0', '1', '2'])
+
+    Args:
+        word: what `--task` calls it; None is what the number of labels tells.
+        labels: how many classes; 1 is a number; None is a language model.
+        config: the model's.
+
+    Raises:
+        SettingError: the task has classes, and their number is not given, or it has none.
+    """
+    told = LANGUAGE if labels is None else REGRESSION if labels == 1 else CLASSIFICATION
+    kind: Any = kind_of_task(word or told, config)
+    names = [str(number) for number in range(labels or 0)]
+    if kind.word not in WITH_LABELS:
+        require(labels is None, f"--task {kind.word} has no classes, so leave --labels out")
+        task: Task = kind()
+        return task
+    wanted = "1" if kind is Regression else "the number of classes"
+    require(bool(names), f"--task {kind.word} has a head for its labels: give --labels, {wanted}")
+    require(
+        kind is not Regression or labels == 1, f"--task {REGRESSION} is one number: give --labels 1"
+    )
+    with_labels: Task = kind(names)
+    return with_labels
 
 
 def kind_of_task(word: str, config: Any = None) -> type[Task]:

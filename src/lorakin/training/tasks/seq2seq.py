@@ -18,7 +18,7 @@ from lorakin.training.formats import SEQ2SEQ
 from lorakin.training.reading import DataRows
 from lorakin.training.records import Record
 from lorakin.training.tasks.language import Language
-from lorakin.training.tasks.task import Collator, Loss
+from lorakin.training.tasks.task import Collator, Loss, Task
 from lorakin.training.token_labels import IGNORED
 
 
@@ -51,6 +51,10 @@ class Seq2Seq(Language):
     @property
     def loss(self) -> Loss:
         return class_loss
+
+    def full_batch(self, rows: int, length: int) -> dict[str, Tensor]:
+        batch = Task.full_batch(self, rows, length)
+        return batch | {"decoder_input_ids": batch["input_ids"]}
 
     def row_losses(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         return label_losses(outputs.logits, labels).sum(1), (labels != IGNORED).sum(1)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 import transformers
 from rich.text import Text as RichText
@@ -80,6 +81,9 @@ class SequenceTask(Task):
         labels_of_a_row = labels.numel() // len(labels)
         items = labels.numel() if num_items_in_batch is None else num_items_in_batch
         return losses.sum() * labels_of_a_row / items
+
+    def full_labels(self, rows: int, length: int) -> Tensor:
+        return torch.zeros(rows, dtype=torch.long)
 
     def evaluate(
         self,
@@ -153,6 +157,9 @@ class MultiLabel(SequenceTask):
         record.check_known(named, self.labels)
         return [float(label in named) for label in self.labels]
 
+    def full_labels(self, rows: int, length: int) -> Tensor:
+        return torch.zeros(rows, len(self.labels))
+
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(-1)
 
@@ -173,6 +180,9 @@ class Regression(SequenceTask):
 
     def target(self, record: Record) -> float:
         return record.number_label()
+
+    def full_labels(self, rows: int, length: int) -> Tensor:
+        return torch.zeros(rows)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="none")

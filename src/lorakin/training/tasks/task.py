@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy.typing as npt
+import torch
 from rich.text import Text as RichText
 from torch import Tensor
 
@@ -129,6 +130,15 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def loss(self) -> Loss:
         """The loss of a batch."""
+
+    def full_batch(self, rows: int, length: int) -> dict[str, Tensor]:
+        """Returns a batch of rows of full length, as `collator`'s: what `plan` rehearses with."""
+        ids = torch.ones(rows, length, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": ids, "labels": self.full_labels(rows, length)}
+
+    def full_labels(self, rows: int, length: int) -> Tensor:
+        """Returns the labels of `full_batch`: by default one for each token, (rows, length)."""
+        return torch.zeros(rows, length, dtype=torch.long)
 
     @abc.abstractmethod
     def evaluate(

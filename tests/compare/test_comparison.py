@@ -307,6 +307,7 @@ def test_a_budget_of_minutes_gives_each_method_its_own_steps(
         ({"targets": "nothing"}, "nothing"),
         ({"batch_size": "99"}, "64 rows"),
         ({"max_length": "4"}, "--max-length"),
+        ({"max_rows": "20"}, "20 rows"),
     ],
 )
 def test_bad_input_is_told_before_anything_runs(

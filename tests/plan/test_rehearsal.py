@@ -147,6 +147,16 @@ def test_options_save_what_they_say() -> None:
     assert wide == pytest.approx(2 * plain, rel=0.05)
 
 
+def test_packed_rows_take_a_mask() -> None:
+    """It has a byte for each pair of tokens in a sequence."""
+    method = method_named("lora", {})
+    alone, packed = (
+        rehearse_whole(conditions(max_length=256, packing=packing), method, MACHINE).peaks[FORWARD]
+        for packing in (False, True)
+    )
+    assert packed.total - alone.total >= 2 * 256 * 256
+
+
 def test_accumulated_gradients_are_alive_in_the_next_forward() -> None:
     one, several = (
         rehearse_whole(conditions(accumulate=n), method_named("lora", {}), MACHINE) for n in (1, 4)
@@ -156,7 +166,8 @@ def test_accumulated_gradients_are_alive_in_the_next_forward() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
-def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_the_predicted_peak_is_the_measured_one(packing: bool) -> None:
     """A process of its own trains a Llama of 45 million parameters."""
     sizes = {
         "hidden_size": 512,
@@ -166,7 +177,11 @@ def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
         "vocab_size": 32_000,
     }
     config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True, dtype="float32")
-    where = Conditions(config, torch.float32, batch_size=4, max_length=128, padded=False)
+    length = 256 if packing else 128
+    where = Conditions(
+        config, torch.float32, batch_size=512 // length, max_length=length, padded=False,
+        packing=packing,
+    )  # fmt: skip
     found = rehearse(where, method_named("lora", {}), MACHINE).peaks[FORWARD]
     environment = {
         **os.environ,
@@ -175,7 +190,7 @@ def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
     done = subprocess.run(
-        [sys.executable, "-c", LOOP, json.dumps(sizes)],
+        [sys.executable, "-c", LOOP, json.dumps(sizes), str(length)],
         capture_output=True,
         text=True,
         env=environment,
@@ -198,14 +213,17 @@ def step(rows, length, **sizes):
     model = transformers.LlamaForCausalLM(config).train()
     optimizer = lk.adapt(model, lk.LoRA()).optimizer(lr=1e-3)
     ids = torch.ones(rows, length, dtype=torch.long)
+    packed = {"position_ids": torch.arange(length).expand(rows, -1) % 128, "use_cache": False}
+    inputs = {"input_ids": ids, "logits_to_keep": torch.arange(length - 1)}
+    inputs |= packed if length > 128 else {}
     for _ in range(2):
-        answer_loss(model(input_ids=ids, logits_to_keep=torch.arange(length - 1)), ids).backward()
+        answer_loss(model(**inputs), ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 sizes = json.loads(sys.argv[1])
 step(2, 8, **{**sizes, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100})
 before = status("VmRSS")
-step(4, 128, **sizes)
+step(512 // int(sys.argv[2]), int(sys.argv[2]), **sizes)
 print(status("VmHWM") - before)
 """
 

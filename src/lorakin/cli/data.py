@@ -22,7 +22,7 @@ EXAMPLES = examples(
 OF_A_RECIPE = (
     "max_rows", "data_weights", "columns", "format", "task", "eval_data", "holdout", "seed",
     "max_length", "loss_on", "chat_template", "template_args", "batch_size", "accumulate",
-    "group_by_length",
+    "group_by_length", "packing",
 )  # fmt: skip
 BAR = 30
 

@@ -38,7 +38,7 @@ LENGTH_HELP = (
 DEVICE_HELP = "cpu or cuda. \\[default: what lorakin train would take]"
 OF_A_RECIPE = (
     "task", "targets", "exclude", "layers", "modules_to_save", "rank_above", "batch_size",
-    "accumulate", "gradient_checkpointing", "fuse", "dtype", "quantize",
+    "accumulate", "packing", "gradient_checkpointing", "fuse", "dtype", "quantize",
 )  # fmt: skip
 
 

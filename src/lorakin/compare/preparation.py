@@ -24,6 +24,7 @@ from lorakin.inject.layer_numbers import parse_layers
 from lorakin.plan.meta_model import meta_model_of, trainable_parameters, with_assumed_importance
 from lorakin.storage import paths
 from lorakin.terminal import labelled
+from lorakin.training import packing
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import with_answers
 from lorakin.training.limits import position_count_of_config, row_length
@@ -64,6 +65,7 @@ def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
             recipe.columns,
             recipe.format,
             recipe.task,
+            recipe.max_rows,
         )
         dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
     arms = _arms(comparison, parts, dtype)
@@ -116,6 +118,8 @@ def _keep_learnable(comparison: Comparison) -> Callable[[DataRows], DataRows]:
 
     def keep_learnable(rows: DataRows) -> DataRows:
         _check_metric(comparison, rows.task)
+        if recipe.packing:
+            packing.check_task(kind_of_task(rows.task, config_of(comparison.model)))
         if rows.has_labels:
             check_meant(recipe, rows)
             return rows

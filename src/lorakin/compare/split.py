@@ -69,6 +69,7 @@ def split_into(
     columns: Mapping[str, str] | None = None,
     format_name: str | None = None,
     task: str | None = None,
+    most: int | None = None,
 ) -> Parts:
     """Splits the data set `name` and writes the parts into `folder`.
 
@@ -84,11 +85,12 @@ def split_into(
         columns: see `read_rows`.
         format_name: the format of the rows; None detects it.
         task: the word of the task; None detects it.
+        most: how many rows of `name` are read, the first ones; None for all.
 
     Raises:
         DataError: the data cannot be read, or has too few rows. Nothing is written.
     """
-    rows = read_rows(name, columns, format_name, task)
+    rows = read_rows(name, columns, format_name, task, most)
     kept = keep_learnable(rows)
     labels = rows.labels() if rows.has_labels else None
     report = []

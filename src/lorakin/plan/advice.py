@@ -20,6 +20,7 @@ from lorakin.plan.memory import available_of, imported_bytes, parse_memory, size
 from lorakin.plan.prediction import LOADING, QUANTISED, Plan, frozen_step, plan_method
 from lorakin.plan.rehearsal import EVALUATION
 from lorakin.plan.remedies import DEARER, LARGEST_BATCH, doubled_batch, highest_rank, remedies
+from lorakin.training import packing
 from lorakin.training.glue import task_and_metric
 from lorakin.training.limits import position_count_of_config, row_length
 from lorakin.training.models import config_of
@@ -95,6 +96,8 @@ class Advice:
             headline += ", fused"
         if c.gradient_checkpointing:
             headline += ", checkpointed"
+        if c.packing:
+            headline += ", packed"
         if self.quantize:
             headline += f", linear layers in {self.quantize} (computed, not rehearsed)"
         return headline
@@ -259,7 +262,9 @@ def conditions_of(
     classes = None if labels is None else [str(number) for number in range(labels)]
     config = config_of(model, classes)
     task, _ = task_and_metric(task, None, [])
-    planned_task(task, labels, config)
+    learned = planned_task(task, labels, config)
+    if others["packing"]:
+        packing.check_task(learned)
     chosen = DTYPES.get(resolve_dtype(dtype, labels is not None), config.dtype or torch.float32)
     return Conditions(
         config=config,

@@ -29,6 +29,7 @@ class Conditions:
         max_length: the number of tokens in every row.
         accumulate: the number of batches in an optimizer step.
         padded: whether rows differ in length, so that attention gets a mask.
+        packing: whether several rows share a sequence, so that attention gets a mask of them.
         gradient_checkpointing, fuse, targets, exclude, layers, modules_to_save, rank_above: as for
             `lorakin train`.
         steps: the number of optimizer steps of the run.
@@ -43,6 +44,7 @@ class Conditions:
     max_length: int = 1024
     accumulate: int = 1
     padded: bool = True
+    packing: bool = False
     gradient_checkpointing: bool = False
     fuse: bool = False
     targets: Targets = ALL_LINEAR

@@ -71,7 +71,7 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
         LorakinError: the method cannot run on this model with these settings.
     """
     task, model = conditions.learned, conditions.model()
-    rows = task.full_batch(conditions.batch_size, conditions.max_length)
+    rows = _full_batch(conditions)
     with (
         _rehearsable(conditions),
         FakeMode() as fake,
@@ -110,7 +110,7 @@ def frozen_seconds_whole(conditions: Conditions, machine: Machine) -> float:
     The embeddings want gradients, so that there is a backward.
     """
     task, model = conditions.learned, conditions.model()
-    rows = task.full_batch(conditions.batch_size, conditions.max_length)
+    rows = _full_batch(conditions)
     with _rehearsable(conditions), FakeMode() as fake, Traced(machine) as traced:
         _prepare_model(model, conditions, traced)
         model.requires_grad_(False)
@@ -250,6 +250,8 @@ class RehearsedRun:
 def _prepare_model(model: Any, conditions: Conditions, traced: Traced) -> None:
     """Gives a meta model its tensors, and prepares it as a run does before it adapts."""
     model.train()
+    if conditions.packing:
+        model.config.use_cache = False  # with a cache, transformers makes no mask of packed rows
     with traced.phase("", makes="weights"):
         give_tensors(model)
     traced.small_tensor_bytes = 0  # weights come once and stay, so they fragment nothing
@@ -257,6 +259,17 @@ def _prepare_model(model: Any, conditions: Conditions, traced: Traced) -> None:
         fuse(model)
     if conditions.gradient_checkpointing:
         checkpoint_activations(model)
+
+
+def _full_batch(conditions: Conditions) -> dict[str, Tensor]:
+    """Returns a real batch of full rows, or of packed ones."""
+    batch = conditions.learned.full_batch(conditions.batch_size, conditions.max_length)
+    if conditions.packing:
+        # On tensors without data transformers makes the mask of packed rows whatever these say.
+        del batch["attention_mask"]
+        positions = torch.arange(conditions.max_length)
+        batch["position_ids"] = positions.expand(conditions.batch_size, -1).clone()
+    return batch
 
 
 def _as_given(
@@ -270,7 +283,7 @@ def _as_given(
         batch["labels"] = batch["input_ids"]
     if not conditions.padded:
         # Where tensors have data, transformers sees that nothing is padded and drops the mask.
-        del batch["attention_mask"]
+        batch.pop("attention_mask", None)
     return batch
 
 

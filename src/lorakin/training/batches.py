@@ -30,6 +30,9 @@ class AnswerCollator:
     each position. A causal model's loss shifts labels by one, so whoever counts labels skips the
     first column; `answer_loss` does too. Without it, labels have the shape of the ids.
 
+    Packed rows have `position_ids`, and so has their batch, in place of a mask. What fills short
+    ones is one row more.
+
     Attributes:
         pad: the id that fills short rows.
         logits_to_keep: whether the model's forward takes `logits_to_keep`.
@@ -49,6 +52,10 @@ class AnswerCollator:
             labels[row, :length] = torch.tensor(example["labels"])
             mask[row, :length] = 1
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if "position_ids" in examples[0]:
+            del batch["attention_mask"]
+            packed = [[*example["position_ids"], *range(width)][:width] for example in examples]
+            batch["position_ids"] = torch.tensor(packed)
         if self.logits_to_keep:
             following = labels[:, 1:]
             keep = (following != IGNORED).any(0).nonzero().flatten()

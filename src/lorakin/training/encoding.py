@@ -144,6 +144,7 @@ def encode(
     max_length: int,
     loss_on: str = ANSWERS,
     day: datetime.date | None = None,
+    split: bool = False,
 ) -> Encoded:
     """Tokenises rows for a causal language model; labels are -100 where no loss is taken.
 
@@ -156,18 +157,21 @@ def encode(
         max_length: tokens at which rows are cut.
         loss_on: "answers", "last" or "all".
         day: the day that a template prints; by default today.
+        split: whether plain texts go on in rows of their own instead of being cut; see `pieces`.
 
     Raises:
         DataError: a conversation without a chat template, one that cannot be verified, or no row
             with anything to learn.
     """
-    encoded, cut = [], 0
-    for whole in _encode_rows(rows, tokenizer, loss_on, day):
-        example = {key: part[:max_length] for key, part in whole.items()}
-        encoded.append(example)
-        cut += _has_answer(example) and _learns(whole["labels"][max_length:])
-    pairs = zip(rows.records, encoded, strict=True)
-    kept = [(record.where, example) for record, example in pairs if _has_answer(example)]
+    kept, dropped, cut = list[tuple[str, dict[str, Any]]](), 0, 0
+    whole_rows = _encode_rows(rows, tokenizer, loss_on, day)
+    for record, whole in zip(rows.records, whole_rows, strict=True):
+        is_split = split and isinstance(record.content, PlainText) and not record.content.prompt
+        parts = pieces(whole, max_length) if is_split else [_cut(whole, 0, max_length)]
+        learned = [(record.where, part) for part in parts if _has_answer(part)]
+        kept += learned
+        dropped += not learned
+        cut += bool(learned) and not is_split and _learns(whole["labels"][max_length:])
     if not kept:
         raise DataError(
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer "
@@ -175,7 +179,27 @@ def encode(
             "more, or check that the answers are not empty"
         )
     where, examples = [where for where, _ in kept], [example for _, example in kept]
-    return Encoded(examples, len(encoded) - len(kept), cut, where)
+    return Encoded(examples, dropped, cut, where)
+
+
+def pieces(row: dict[str, list[int]], length: int) -> list[dict[str, list[int]]]:
+    """Returns a row as pieces of at most `length` tokens, of which every token is learned.
+
+    Each piece begins with the last token of the one before, since nothing predicts a first token.
+
+    >>> [piece["input_ids"] for piece in pieces({"input_ids": [1, 2, 3, 4], "labels": []}, 3)]
+    [[1, 2, 3], [3, 4]]
+
+    Args:
+        row: `input_ids` and `labels`.
+        length: the most tokens of a piece.
+    """
+    starts = range(0, max(1, len(row["input_ids"]) - 1), max(1, length - 1))
+    return [_cut(row, start, start + length) for start in starts]
+
+
+def _cut(row: dict[str, list[int]], start: int, end: int) -> dict[str, list[int]]:
+    return {key: part[start:end] for key, part in row.items()}
 
 
 def with_answers(

@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lorakin.training.batches import Row
 from lorakin.training.encoding import Encoded
+from lorakin.training.packing import packed
 from lorakin.training.recipe import Recipe
 
 
@@ -20,23 +21,31 @@ class Epoch:
     """What one pass over the data trains on.
 
     Attributes:
-        examples: tokenised rows.
+        examples: tokenised rows, or packed sequences of them.
         order: places in `examples`, where some come several times; None for each once.
         of_sources: how many rows of each source come; None if sources have no weights.
+        rows: the number of tokens of each row, where rows are packed.
     """
 
     examples: Sequence[Row]
     order: list[int] | None = None
     of_sources: list[int] | None = None
+    rows: list[int] | None = None
 
     @classmethod
     def of(cls, train: Encoded, recipe: Recipe) -> Epoch:
-        """Returns the epoch of tokenised rows, as a recipe weighs their sources."""
-        if train.of_sources is None:
-            return cls(train.examples)
-        counts = weighted_counts(train.of_sources, recipe.data_weights)
-        order = repeated(train.of_sources, counts, recipe.seed)
-        return cls(train.examples, order, counts)
+        """Returns the epoch of tokenised rows, as a recipe weighs their sources and packs them."""
+        rows = cls(train.examples)
+        if train.of_sources is not None:
+            counts = weighted_counts(train.of_sources, recipe.data_weights)
+            order = repeated(train.of_sources, counts, recipe.seed)
+            rows = cls(train.examples, order, counts)
+        if not recipe.packing:
+            return rows
+        places = range(len(rows.examples)) if rows.order is None else rows.order
+        weighed = [rows.examples[place] for place in places]
+        sequences = packed(weighed, recipe.max_length, recipe.seed)
+        return cls(sequences, None, rows.of_sources, rows.lengths())
 
     def __len__(self) -> int:
         return len(self.examples) if self.order is None else len(self.order)
@@ -136,12 +145,14 @@ class EpochFigures:
 
     Attributes:
         rows: how many rows it has.
+        sequences: how many sequences hold them; as many, unless they are packed.
         of_sources: each source and its rows, where sources have weights.
         padding: the share of the tokens in batches that is padding.
         padding_mixed: the same if rows were mixed and stood alone.
     """
 
     rows: int
+    sequences: int
     of_sources: list[tuple[str, int]] | None
     padding: float
     padding_mixed: float
@@ -151,15 +162,15 @@ class EpochFigures:
         """Returns the figures of the first epoch of a recipe."""
         counts = epoch.of_sources
         lengths, size = epoch.lengths(), recipe.batch_size
-        chance = torch.Generator().manual_seed(recipe.seed)
-        mixed = torch.randperm(len(lengths), generator=chance).tolist()
+        rows = lengths if epoch.rows is None else epoch.rows
         groups = EpochLengthGroups(lengths, size * recipe.accumulate, recipe.seed)
-        order = groups if recipe.group_by_length else mixed
+        order = groups if recipe.group_by_length else _mixed(lengths, recipe.seed)
         return cls(
+            len(rows),
             len(epoch),
             None if counts is None else list(zip(recipe.data, counts, strict=True)),
             padding_share(lengths, order, size),
-            padding_share(lengths, mixed, size),
+            padding_share(rows, _mixed(rows, recipe.seed), size),
         )
 
     def lines(self) -> Iterator[str]:
@@ -167,8 +178,16 @@ class EpochFigures:
         if self.of_sources is not None:
             parts = ", ".join(f"{count:,} of {name}" for name, count in self.of_sources)
             yield f"{self.rows:,} rows, as the sources are weighed: {parts}"
+        if self.sequences != self.rows:
+            yield f"{self.rows:,} rows are packed into {self.sequences:,} sequences"
         if self.padding != self.padding_mixed:
             yield (
                 f"{self.padding:.1%} of the tokens in batches are padding; with mixed rows, one "
                 f"in a sequence, {self.padding_mixed:.1%}"
             )
+
+
+def _mixed(lengths: Sequence[int], seed: int) -> list[int]:
+    """Returns places in random order, as a Trainer's own sampler would."""
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(lengths), generator=chance).tolist()

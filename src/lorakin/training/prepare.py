@@ -23,7 +23,7 @@ from lorakin.inject.measuring import check_called
 from lorakin.inject.whole_modules import find_whole_modules
 from lorakin.loop import float16_base
 from lorakin.storage import atomic, paths, tokenizer_fingerprint
-from lorakin.training import limits, processes, reading, run_directory, schedules, watching
+from lorakin.training import limits, packing, processes, reading, run_directory, schedules, watching
 from lorakin.training.chat_templates import TEMPLATE, template_named, use_template
 from lorakin.training.encoding import Encoded
 from lorakin.training.models import Loaded, config_of, load_model
@@ -82,19 +82,24 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     rows = read_data(recipe)
     train_rows, held_rows = held_out_rows(recipe, rows)
     task = task_for(rows, recipe.labels, config_of(recipe.model))
+    if recipe.packing:
+        packing.check_task(task)
     show_rows(console, rows, held_rows)
 
     torch.manual_seed(recipe.seed)  # a classifier's new head is drawn while loading
     loaded = load_model(recipe.model, recipe.dtype, task.labels, recipe.quantize, auto=task.auto)
     if recipe.fuse:
         fuse(loaded.model)
+    if recipe.packing:
+        packing.check(loaded.model, task.collator(loaded.model, loaded.tokenizer), recipe.model)
     wanted = recipe.max_length
     length = limits.row_length(limits.position_count(loaded.model), wanted)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=task.labels, max_length=length)
     recipe, template = _with_template(recipe, loaded, rows)
     train = by_source(recipe, train_rows, lambda part: encoded(recipe, part, loaded, task))
     held_out = encoded(recipe, held_rows, loaded, task)
-    limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
+    if train.cut or held_out.cut or not recipe.packing:
+        limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
 
     out = Path(recipe.out).expanduser()
     run = PreparedRun(recipe, out, loaded, train, held_out, task, directory_lock, console)
@@ -276,7 +281,7 @@ def encoded(recipe: Recipe, rows: DataRows, loaded: Loaded, task: Task) -> Encod
         DataError: a row that cannot be learned from or that the model cannot read.
     """
     day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
-    options = {"loss_on": recipe.loss_on, "day": day}
+    options = {"loss_on": recipe.loss_on, "day": day, "split": recipe.packing}
     result = task.encode(rows, loaded.tokenizer, recipe.max_length, **options)
     limits.check_rows(result.examples, loaded, result.where, rows.name)
     return result

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text as RichText
 
-from lorakin.training import limits, reading
+from lorakin.training import limits, packing, reading
 from lorakin.training.alarms import repeated, row_key
 from lorakin.training.batches import Row
 from lorakin.training.chat_templates import use_template
@@ -97,13 +97,16 @@ def preview(recipe: Recipe) -> Preview:
     config = config_of(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     task = task_for(rows, recipe.labels, config)
+    if recipe.packing:
+        packing.check_task(task)
     if task.labels is None:
         use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
     length = limits.row_length(limits.position_count_of_config(config), recipe.max_length)
     recipe = dataclasses.replace(recipe, max_length=length)
 
     def encode(part: DataRows) -> Encoded:
-        return task.encode(part, tokenizer, length, loss_on=recipe.loss_on)
+        options = {"loss_on": recipe.loss_on, "split": recipe.packing}
+        return task.encode(part, tokenizer, length, **options)
 
     train, held_out = by_source(recipe, train_rows, encode), encode(held_rows)
     # Without --eval-data the rows that are held out are rows of this data too.

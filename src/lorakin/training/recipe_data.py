@@ -37,6 +37,15 @@ class DataSettings:
         bool, Option(DATA, "Put rows of about the same length into a batch: less padding.")
     ] = False
 
+    packing: Annotated[
+        bool,
+        Option(
+            DATA,
+            "Put several rows into a sequence of --max-length, none of which sees another; plain "
+            "texts that are longer go on in the next. --batch-size then counts sequences.",
+        ),
+    ] = False
+
     def check_data(self, sources: int) -> None:
         """Checks the fields against each other.
 
@@ -46,6 +55,11 @@ class DataSettings:
         Raises:
             SettingError: they contradict each other.
         """
+        if self.packing and self.group_by_length:
+            raise SettingError(
+                "--packing fills sequences to one length, so --group-by-length has nothing to "
+                "group; give one of them"
+            )
         if self.data_weights and len(self.data_weights) != sources:
             raise SettingError(
                 f"--data-weights {','.join(f'{weight:g}' for weight in self.data_weights)} has "

@@ -110,7 +110,8 @@ def notes(
     recipe = run.recipe
     sources = [_public_name(name) for name in recipe.data]
     rows = f"{len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out"
-    steps = f"{count(ending.steps, 'step')} of {count(run.rows_per_step, 'row')}"
+    unit = "packed sequence" if recipe.packing else "row"
+    steps = f"{count(ending.steps, 'step')} of {count(run.rows_per_step, unit)}"
     began = {} if recipe.adapter is None else {"Trained further": _public_name(recipe.adapter)}
     notes_of_run = {
         **began,

@@ -26,6 +26,7 @@ class Language(Task):
     """A causal language model that learns to write answers."""
 
     word: ClassVar[str] = "language"
+    packs: ClassVar[bool] = True
 
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:
         return encode(rows, tokenizer, max_length, **options)

@@ -27,6 +27,7 @@ class Seq2Seq(Language):
     """The encoder reads the prompt; the decoder learns the answer, each token and the last one."""
 
     word: ClassVar[str] = SEQ2SEQ
+    packs: ClassVar[bool] = False
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
 
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:

@@ -113,6 +113,8 @@ class Task(abc.ABC):
     metrics: ClassVar[tuple[str, ...]] = ()
     """The names of its metrics; the first is the one that decides, unless the user says another."""
     labels: list[str] | None = None
+    packs: ClassVar[bool] = False
+    """Whether several of its rows can share a sequence."""
 
     @abc.abstractmethod
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:

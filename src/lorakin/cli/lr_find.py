@@ -53,7 +53,7 @@ def command(
     from lorakin.training.lr_range import find_rate
     from lorakin.training.recipe_file import read_recipe
 
-    effective = read_recipe(recipe, flags | {"out": "unused"})
+    effective = read_recipe(recipe, flags | {"out": "unused", "steps": steps})
     found = find_rate(effective, messages_on(as_json), steps, lowest, highest)
     found.plot(picture)
     if as_json:

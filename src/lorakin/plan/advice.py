@@ -263,7 +263,7 @@ def conditions_of(
     config = config_of(model, classes)
     task, _ = task_and_metric(task, None, [])
     learned = planned_task(task, labels, config)
-    if others["packing"]:
+    if others.get("packing"):
         packing.check_task(learned)
     chosen = DTYPES.get(resolve_dtype(dtype, labels is not None), config.dtype or torch.float32)
     return Conditions(

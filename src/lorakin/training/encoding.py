@@ -19,6 +19,10 @@ from lorakin.training.token_labels import IGNORED, continued
 from lorakin.waiting import tracked
 
 
+class NothingLearnedError(DataError):
+    """Of some rows none has anything to learn."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """Tokenised rows that have something to learn.
@@ -173,7 +177,7 @@ def encode(
         dropped += not learned
         cut += bool(learned) and not is_split and _learns(whole["labels"][max_length:])
     if not kept:
-        raise DataError(
+        raise NothingLearnedError(
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer "
             f"within --max-length {max_length} tokens; raise it, if the model has positions for "
             "more, or check that the answers are not empty"

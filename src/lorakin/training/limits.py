@@ -100,10 +100,7 @@ def check_rows(
     Raises:
         DataError: an id for which the embedding has no row.
     """
-    rows = _embedding_rows(loaded.model)
-    for example, row in zip(examples, where, strict=True):
-        if rows is not None and (over := max(example["input_ids"], default=0)) >= rows:
-            _refuse(over, rows, loaded, row)
+    check_ids(examples, loaded, where)
     made_for = getattr(loaded.model.config, "max_position_embeddings", None)
     longest = max((len(example["input_ids"]) for example in examples), default=0)
     if isinstance(made_for, int) and longest > made_for and position_count(loaded.model) is None:
@@ -113,6 +110,18 @@ def check_rows(
             LorakinWarning,
             stacklevel=2,
         )
+
+
+def check_ids(examples: Sequence[Mapping[str, Any]], loaded: Any, where: Sequence[str]) -> None:
+    """Checks that the embedding has a row for each token; the arguments are `check_rows`'s.
+
+    Raises:
+        DataError: it has not.
+    """
+    rows = _embedding_rows(loaded.model)
+    for example, row in zip(examples, where, strict=True):
+        if rows is not None and (over := max(example["input_ids"], default=0)) >= rows:
+            _refuse(over, rows, loaded, row)
 
 
 def check_prompt(ids: Iterable[int], loaded: Any) -> None:

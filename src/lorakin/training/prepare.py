@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from lorakin.inject.measuring import check_called
 from lorakin.inject.whole_modules import find_whole_modules
 from lorakin.loop import float16_base
 from lorakin.storage import atomic, paths, tokenizer_fingerprint
-from lorakin.training import limits, packing, processes, reading, run_directory, schedules, watching
+from lorakin.training import (
+    limits,
+    packing,
+    processes,
+    reading,
+    run_directory,
+    schedules,
+    stream,
+    watching,
+)
 from lorakin.training.chat_templates import TEMPLATE, template_named, use_template
 from lorakin.training.encoding import Encoded
 from lorakin.training.models import Loaded, config_of, load_model
@@ -36,6 +46,7 @@ from lorakin.training.run_directory import RunDirectoryLock
 from lorakin.training.run_report import show_rows, show_run
 from lorakin.training.run_trainer import loss_of
 from lorakin.training.starting import StartingAdapter, read_start
+from lorakin.training.stream import TrainingStream
 from lorakin.training.tasks import Task, task_for
 from lorakin.training.templates import Template
 from lorakin.training.tokens import rows_of
@@ -80,11 +91,13 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
         template_named(recipe.chat_template)
 
     rows = read_data(recipe)
+    if recipe.streaming:
+        stream.check_labels(recipe, rows)
     train_rows, held_rows = held_out_rows(recipe, rows)
     task = task_for(rows, recipe.labels, config_of(recipe.model))
     if recipe.packing:
         packing.check_task(task)
-    show_rows(console, rows, held_rows)
+    show_rows(console, rows, held_rows, recipe.streaming)
 
     torch.manual_seed(recipe.seed)  # a classifier's new head is drawn while loading
     loaded = load_model(recipe.model, recipe.dtype, task.labels, recipe.quantize, auto=task.auto)
@@ -103,6 +116,9 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
 
     out = Path(recipe.out).expanduser()
     run = PreparedRun(recipe, out, loaded, train, held_out, task, directory_lock, console)
+    if recipe.streaming:
+        encode = functools.partial(tokenised, recipe, loaded=loaded, task=task)
+        run.stream = TrainingStream(recipe, rows, encode)
     method.resolved(run.total_steps)
     _check_schedule(recipe, run.total_steps)
     watching.check(run)
@@ -211,6 +227,8 @@ def check_meant(recipe: Recipe, rows: DataRows) -> None:
 def read_data(recipe: Recipe) -> DataRows:
     """Reads a recipe's data: of each source all rows, or as many as are trained on and held out.
 
+    Of data that is streamed, only the first rows are read.
+
     Raises:
         DataError: see `reading.read_rows` and `check_meant`.
     """
@@ -219,6 +237,8 @@ def read_data(recipe: Recipe) -> DataRows:
         # Held-out rows come on top, and one more in case the share is rounded up.
         held_out = round(most * recipe.holdout / (1 - recipe.holdout)) + 1
         most += min(held_out, reading.HOLDOUT_LIMIT)
+    if recipe.streaming:
+        most = min(stream.SAMPLE, most or stream.SAMPLE)
     rows = reading.read_rows(recipe.data, recipe.columns, recipe.format, recipe.task, most)
     check_meant(recipe, rows)
     return rows
@@ -269,7 +289,7 @@ def by_source(recipe: Recipe, rows: DataRows, encode: Callable[[DataRows], Encod
 
 
 def encoded(recipe: Recipe, rows: DataRows, loaded: Loaded, task: Task) -> Encoded:
-    """Tokenises rows as the recipe says.
+    """Tokenises rows as the recipe says; warns if they are longer than the model was made for.
 
     Args:
         recipe: its row length, what the loss is on, and the day that the template prints.
@@ -280,8 +300,15 @@ def encoded(recipe: Recipe, rows: DataRows, loaded: Loaded, task: Task) -> Encod
     Raises:
         DataError: a row that cannot be learned from or that the model cannot read.
     """
+    result = tokenised(recipe, rows, loaded, task)
+    limits.check_rows(result.examples, loaded, result.where, rows.name)
+    return result
+
+
+def tokenised(recipe: Recipe, rows: DataRows, loaded: Loaded, task: Task) -> Encoded:
+    """Tokenises rows as `encoded` does, without its warning."""
     day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
     options = {"loss_on": recipe.loss_on, "day": day, "split": recipe.packing}
     result = task.encode(rows, loaded.tokenizer, recipe.max_length, **options)
-    limits.check_rows(result.examples, loaded, result.where, rows.name)
+    limits.check_ids(result.examples, loaded, result.where)
     return result

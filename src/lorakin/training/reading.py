@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -183,23 +183,46 @@ def _read_one(
     row_format = formats.detected(values, name, layout)
     last_column = row_format.columns[-1]
     source = Source(name, row_format, label_names.get(columns.get(last_column, last_column)))
-    records = []
-    for number, row in numbered:
-        try:
-            if not formats.is_left_out(row):
-                content = formats.read(row_format, row, mapped=bool(columns))
-                records.append(Record(source, number, row, content))
-        except DataError as error:
-            raise DataError(
-                f"{name}, row {number}: {error} (format {row_format.name}). The row: "
-                f"{row_in_message(row)}"
-            ) from None
-    if not records:
+    found = list(_records(source, numbered, is_mapped=bool(columns)))
+    if not found:
         raise DataError(
             f"data {name!r}: all {len(values)} rows say that they are not to be learned"
         )
-    left_out = len(values) - len(records)
-    return DataRows(name, records, left_out, None, formats.unused_keys(row_format, values))
+    left_out = len(values) - len(found)
+    return DataRows(name, found, left_out, None, formats.unused_keys(row_format, values))
+
+
+def records(
+    source: Source, numbered: Iterable[tuple[int, dict[str, Any]]], columns: Mapping[str, str]
+) -> Iterator[Record]:
+    """Yields what the rows of a source say, but for those that are not to be learned.
+
+    Args:
+        source: their source, with their format.
+        numbered: the rows, each with its number.
+        columns: as for `read_rows`.
+
+    Raises:
+        DataError: a row that cannot be used as it is.
+    """
+    if columns:
+        numbered = ((n, mapped(source.name, n, row, columns)) for n, row in numbered)
+    return _records(source, numbered, is_mapped=bool(columns))
+
+
+def _records(
+    source: Source, numbered: Iterable[tuple[int, dict[str, Any]]], is_mapped: bool
+) -> Iterator[Record]:
+    for number, row in numbered:
+        try:
+            if not formats.is_left_out(row):
+                content = formats.read(source.format, row, mapped=is_mapped)
+                yield Record(source, number, row, content)
+        except DataError as error:
+            raise DataError(
+                f"{source.name}, row {number}: {error} (format {source.format.name}). The row: "
+                f"{row_in_message(row)}"
+            ) from None
 
 
 def mapped(

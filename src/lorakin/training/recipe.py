@@ -265,7 +265,7 @@ class Recipe(RunSettings, DataSettings):
         self.task, self.metric = task_and_metric(self.task, self.metric, self.data)
         if self.steps is not None and self.epochs is not None:
             raise SettingError("give steps or epochs, not both")
-        self.check_data(len(self.data))
+        self.check_data(len(self.data), self.steps, self.eval_data)
 
         from lorakin.training import schedules  # which imports transformers
 

@@ -46,15 +46,27 @@ class DataSettings:
         ),
     ] = False
 
-    def check_data(self, sources: int) -> None:
-        """Checks the fields against each other.
+    streaming: Annotated[
+        bool,
+        Option(
+            DATA,
+            "Read rows while training, for data that does not fit in memory; needs --steps and "
+            "--eval-data.",
+        ),
+    ] = False
+
+    def check_data(self, sources: int, steps: int | None, eval_data: str | None) -> None:
+        """Checks the fields against each other and against others of the recipe.
 
         Args:
             sources: how many `--data` there are.
+            steps, eval_data: the recipe's.
 
         Raises:
             SettingError: they contradict each other.
         """
+        if self.streaming:
+            self._check_streaming(sources, steps, eval_data)
         if self.packing and self.group_by_length:
             raise SettingError(
                 "--packing fills sequences to one length, so --group-by-length has nothing to "
@@ -65,3 +77,23 @@ class DataSettings:
                 f"--data-weights {','.join(f'{weight:g}' for weight in self.data_weights)} has "
                 f"{len(self.data_weights)} weights, and there are {sources} --data; give one each"
             )
+
+    def _check_streaming(self, sources: int, steps: int | None, eval_data: str | None) -> None:
+        problem = ""
+        if steps is None:
+            problem = "does not know how many rows there are: give the run's length with --steps"
+        elif eval_data is None:
+            problem = "holds no rows out: give rows to evaluate on with --eval-data"
+        elif sources > 1 and not self.data_weights:
+            shares = ",".join(["1"] * sources)
+            problem = (
+                "does not know how many rows each --data has: give their shares with "
+                f"--data-weights, such as {shares}"
+            )
+        elif self.group_by_length:
+            problem = (
+                "does not know the rows to come, so --group-by-length cannot sort them; leave it "
+                "out, or take --packing"
+            )
+        if problem:
+            raise SettingError(f"--streaming {problem}")

@@ -19,6 +19,7 @@ from lorakin.training.epoch import Epoch
 from lorakin.training.models import Loaded
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import RunDirectoryLock
+from lorakin.training.stream import TrainingStream
 from lorakin.training.tasks import Evaluation, Task
 
 LOSS = "loss"
@@ -38,6 +39,7 @@ class PreparedRun:
         task: what is learned.
         directory_lock: the lock of the directory, with the checkpoint to resume from.
         console: where the user is told about the run.
+        stream: the rows to train on, if they are read while training; `train` is then a sample.
         adapter: the adapter, once it is placed.
     """
 
@@ -49,6 +51,7 @@ class PreparedRun:
     task: Task
     directory_lock: RunDirectoryLock
     console: Console
+    stream: TrainingStream | None = None
     adapter: Adapter = dataclasses.field(init=False)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from lorakin.training.run import Ending, PreparedRun
 from lorakin.training.tasks import Evaluation
 
 
-def show_rows(console: Console, rows: DataRows, held_out: DataRows) -> None:
-    """Shows what was read, and which of it is not used."""
-    line = f"{rows.name}: {reading.summary(rows)}; {len(held_out)} held out"
+def show_rows(console: Console, rows: DataRows, held_out: DataRows, streams: bool = False) -> None:
+    """Shows what was read, and which of it is not used; of data that streams it is a sample."""
+    sample = "read while training, of which this is the beginning: " if streams else ""
+    line = f"{rows.name}: {sample}{reading.summary(rows)}; {len(held_out)} held out"
     console.print(labelled("data   ", line))
     if (left := reading.unused(rows)) is not None:
         console.print(RichText(visible("       " + left), style="yellow"))
@@ -37,8 +39,11 @@ def show_run(run: PreparedRun) -> None:
     """Shows what will be trained on what, with one example and where its loss is taken."""
     recipe, console = run.recipe, run.console
     console.print(labelled("model  ", _model_line(run)))
-    for line in EpochFigures.of(run.epoch, recipe).lines():
-        console.print(labelled("epoch  ", line))
+    figures = EpochFigures.of(run.epoch, recipe)
+    if run.stream is not None:
+        figures = dataclasses.replace(figures, of_sources=None)
+    for line in figures.lines():
+        console.print(labelled("epoch  " if run.stream is None else "sample ", line))
     gpus = torch.cuda.device_count()
     if gpus > 1 and processes.count() == 1 and run.loaded.model.device.type == "cuda":
         console.print(labelled(f"1 of {gpus} GPUs", " is used; --gpus all uses all", "yellow"))
@@ -109,7 +114,8 @@ def notes(
     """Returns what the adapter's model card says about the run."""
     recipe = run.recipe
     sources = [_public_name(name) for name in recipe.data]
-    rows = f"{len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out"
+    trained = f"{len(run.train.examples):,} rows" if run.stream is None else "read while training"
+    rows = f"{trained}, {len(run.held_out.examples):,} held out"
     unit = "packed sequence" if recipe.packing else "row"
     steps = f"{count(ending.steps, 'step')} of {count(run.rows_per_step, unit)}"
     began = {} if recipe.adapter is None else {"Trained further": _public_name(recipe.adapter)}

@@ -107,7 +107,7 @@ def trainer_of(
         held_out,
         model=run.loaded.model,
         args=on_one_device(transformers.TrainingArguments(**arguments(run))),
-        train_dataset=run.epoch.dataset(),
+        train_dataset=run.epoch.dataset() if run.stream is None else run.stream,
         eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
         compute_loss_func=loss_of(run),
@@ -161,6 +161,8 @@ def arguments(run: PreparedRun) -> dict[str, Any]:
         "use_cpu": on_cpu,
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu,
+        # Else the first process would cut a stream's batches for the others, which do not divide.
+        "accelerator_config": {"dispatch_batches": False} if recipe.streaming else None,
     }
 
 

@@ -145,6 +145,12 @@ def _run_trainer(
             )
     except DivergedError as error:
         raise _saved_and_error(run, trainer, error) from None
+    except DataError as error:  # a row of a stream
+        resume = command("lorakin", "train", "--resume", "--out", run.out)
+        raise DataError(
+            f"{error}; {_resumable(run)}. When the row is mended, in its place, resume with: "
+            f"{resume}"
+        ) from None
     except (OSError, RuntimeError) as error:
         message = str(error)
         is_disk_full = any(words in message for words in DISK_FULL_MESSAGES)

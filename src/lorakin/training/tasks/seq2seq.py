@@ -13,7 +13,7 @@ from lorakin.errors import DataError
 from lorakin.terminal import visible
 from lorakin.training.batches import Row, class_loss, label_losses
 from lorakin.training.contents import Content, Conversation, PlainText, text_of
-from lorakin.training.encoding import Encoded
+from lorakin.training.encoding import Encoded, NothingLearnedError
 from lorakin.training.formats import SEQ2SEQ
 from lorakin.training.reading import DataRows
 from lorakin.training.records import Record
@@ -41,7 +41,7 @@ class Seq2Seq(Language):
                 examples.append({"input_ids": ids, "labels": labels[:max_length]})
                 where.append(record.where)
         if not examples:
-            raise DataError(f"{rows.name}: no row has an answer")
+            raise NothingLearnedError(f"{rows.name}: no row has an answer")
         return Encoded(examples, len(rows) - len(examples), cut, where)
 
     def collator(self, model: Any, tokenizer: Any) -> Collator:

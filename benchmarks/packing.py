@@ -1,5 +1,5 @@
-"""Times the training of the same rows with and without packing, and with rows of one length in a
-batch: SmolLM2-135M, LoRA of rank 16, on this CPU.
+"""Times the training of the same rows with and without packing: SmolLM2-135M, LoRA of rank 16, on
+this CPU.
 
     python -m benchmarks.packing --rounds 5
     python -m benchmarks.packing rows.jsonl --rows 64
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lorakin.training.batches import Row, answer_loss
 from lorakin.training.contents import PlainText
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.encoding import Encoder
-from lorakin.training.epoch import EpochLengthGroups, padding_share
+from lorakin.training.epoch import padding_share
 from lorakin.training.models import Loaded, load_model
 from lorakin.training.packing import packed
 from lorakin.training.reading import read_rows
@@ -42,36 +42,35 @@ def contents(data: str | None) -> dict[str, list[Any]]:
 
 
 def measure(loaded: Loaded, rows: Sequence[Row], length: int, rounds: int) -> None:
-    """Prints the time of an epoch of rows, packed and grouped, over that of mixed rows."""
+    """Prints the time of an epoch of packed rows over that of the same rows by themselves."""
     collate = Language().collator(loaded.model, loaded.tokenizer)
     lengths = [len(row["input_ids"]) for row in rows]
     sequences = packed(rows, length, seed=0)
-    mixed, grouped = list(range(len(rows))), EpochLengthGroups(lengths, BATCH, seed=0)
     several = max(1, round(BATCH * sum(lengths) / len(rows) / length))
 
-    def epoch(examples: Sequence[Row], order: Iterable[int], size: int) -> None:
-        chosen = [examples[place] for place in order]
-        for start in range(0, len(chosen), size):
-            batch = collate(chosen[start : start + size])
+    def epoch(examples: Sequence[Row], size: int) -> None:
+        for start in range(0, len(examples), size):
+            batch = collate(examples[start : start + size])
             labels = batch.pop("labels")
             answer_loss(loaded.model(**batch), labels).backward()
         loaded.model.zero_grad()
 
     calls = {
-        "mixed": lambda: epoch(rows, mixed, BATCH),
-        "grouped": lambda: epoch(rows, grouped, BATCH),
-        "packed": lambda: epoch(sequences, range(len(sequences)), several),
+        "alone": lambda: epoch(rows, BATCH),
+        "packed": lambda: epoch(sequences, several),
     }
     seconds = interleaved(calls, rounds)["thread"]
-    padding = [padding_share(lengths, order, BATCH) for order in (mixed, grouped)]
     full = [len(sequence["input_ids"]) for sequence in sequences]
-    padding.append(padding_share(full, range(len(full)), several))
+    padding = [
+        padding_share(lengths, range(len(lengths)), BATCH),
+        padding_share(full, range(len(full)), several),
+    ]
     print(
         f"  {len(rows)} rows of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all;"
     )
     print(f"  {len(sequences)} sequences of {length}, {several} in a batch")
     for name, share in zip(calls, padding, strict=True):
-        print(f"  {name:8} {share:4.0%} padding, time × mixed: {ratio(seconds, name, 'mixed')}")
+        print(f"  {name:8} {share:4.0%} padding, time × alone: {ratio(seconds, name, 'alone')}")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import lorakin as lk
 from lorakin.training.chat_templates import use_template
-from lorakin.training.contents import Conversation, PlainText
+from lorakin.training.contents import Conversation, Judged, PlainText, Preference
 from lorakin.training.encoding import encode
 from lorakin.training.reading import read_rows, unused
 from lorakin.training.token_labels import IGNORED
@@ -144,13 +144,16 @@ def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": TURNS, "label": False}, "label false marks an answer not to imitate"),
-        ({"prompt": "q", "completion": "a", "label": False}, "label false"),
-        ({"messages": TURNS, "rejected_response": "b"}, "rejected_response makes it a preference"),
-        (
-            {"conversations": SHARED, "chosen": SHARED[1], "rejected": SHARED[1]},
-            "chosen makes it a preference",
-        ),
+        ({"instruction": "q", "response": "a", "label": False}, "label false marks an answer"),
+        ({"messages": TURNS, "chosen": "b"}, "chosen makes it a row of preferences"),
+        ({"conversations": SHARED, "chosen": SHARED[1], "rejected": SHARED[1]}, "are the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "an empty preference: rejected"),
+        ({"chosen": TURNS, "rejected": TURNS}, "says nothing after the prompt"),
+        ({"chosen": "yes", "rejected": "yes it is"}, "an empty preference: chosen"),
+        ({"chosen": TURNS, "rejected": TURNS[1:]}, "no prompt|begin with"),
+        ({"prompt": "q", "chosen": [TURNS[0]], "rejected": "b"}, "expected an answer"),
+        ({"messages": TURNS[:1], "rejected_response": "b"}, "does not end with an answer"),
+        ({"prompt": "q", "completion": " ", "label": True}, "the answer is empty"),
         (
             {"messages": TURNS, "images": ["1.jpg"]},
             r'images is \["1.jpg"\], and only text can be '
@@ -200,6 +203,71 @@ def test_what_changes_the_meaning_is_refused(
 ) -> None:
     with pytest.raises(lk.DataError, match=f"row 1: .*{message}.*The row: "):
         said(row, write_rows)
+
+
+OTHER = {"role": "assistant", "content": "b"}
+GPT = {"from": "gpt", "value": "b"}
+SYSTEM_TURN = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q", "chosen": TURNS, "rejected": [TURNS[0], OTHER]}, TURNS[:1]),
+        ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [OTHER]}, TURNS[:1]),
+        ({"prompt": "q", "system": "s", "chosen": "a", "rejected": "b"}, [SYSTEM_TURN, TURNS[0]]),
+        ({"chosen": TURNS, "rejected": [TURNS[0], OTHER]}, TURNS[:1]),
+        ({"chosen": json.dumps(TURNS), "rejected": json.dumps([TURNS[0], OTHER])}, TURNS[:1]),
+        ({"messages": TURNS, "rejected_response": "b"}, TURNS[:1]),
+        ({"messages": TURNS, "rejected_messages": [TURNS[0], OTHER]}, TURNS[:1]),
+        ({"conversations": SHARED[:1], "chosen": SHARED[1], "rejected": GPT}, TURNS[:1]),
+        (
+            {
+                "chosen": "\n\nHuman: q\n\nAssistant: a",
+                "rejected": "\n\nHuman: q\n\nAssistant: b",
+            },
+            TURNS[:1],
+        ),
+    ],
+)
+def test_pairs_of_answers(row: dict[str, Any], prompt: list[Any], write_rows: Write) -> None:
+    for known in (row, row | {"prompt_id": "x", "score_chosen": 2.0}):
+        rows = read_rows(write_rows([known]))
+        assert (rows.task, rows.formats) == ("dpo", ["preference"])
+        pair = rows.records[0].content
+        assert pair.chosen.messages == [*prompt, TURNS[1]]
+        assert pair.rejected.messages == [*prompt, OTHER]
+        assert pair.chosen.learned == [False] * len(prompt) + [None]
+
+
+def test_pairs_of_texts(write_rows: Write) -> None:
+    pair = said({"prompt": "q", "chosen": "a", "rejected": "b"}, write_rows)
+    assert pair == Preference(PlainText("q", "a"), PlainText("q", "b"))
+    pair = said({"instruction": "do", "input": "it", "chosen": "a", "rejected": "b"}, write_rows)
+    assert pair.chosen == PlainText("do\n\nit", "a")
+    shared = said({"chosen": "the cat sat", "rejected": "the cab ran"}, write_rows)
+    assert shared.chosen == PlainText("the", " cat sat", is_raw=True)
+    named = {"prompt": "ask", "chosen": "good", "rejected": "poor"}
+    row = {"ask": "q", "good": "a", "poor": "b", "messages": TURNS}
+    assert said(row, write_rows, columns=named).rejected == PlainText("q", "b")
+
+
+@pytest.mark.parametrize("verdict", [True, False, "true", 0])
+def test_verdicts(verdict: Any, write_rows: Write) -> None:
+    good = verdict in (True, "true")
+    asked = {"prompt": "q", "completion": "a", "label": verdict}
+    assert said(asked, write_rows) == Judged(PlainText("q", "a"), good)
+    turns = [*TURNS, TURNS[0], OTHER]
+    found = said({"messages": turns, "label": verdict}, write_rows)
+    assert found.answer.learned == [False, False, False, None]
+    assert found.is_good == good
+    tagged = {"instruction": "q", "output": "a", "kto_tag": verdict}
+    assert said(tagged, write_rows).is_good == good
+
+
+def test_other_labels_are_no_verdicts(write_rows: Write) -> None:
+    row = {"prompt": "q", "completion": "a", "label": "sports"}
+    assert said(row, write_rows) == PlainText("q", "a")
 
 
 def test_columns_say_what_is_meant(write_rows: Write) -> None:
@@ -433,11 +501,11 @@ def test_rows_whose_answers_are_cut_are_counted(write_rows: Write) -> None:
 
 @pytest.mark.parametrize("label", [False, 0, "False"])
 def test_answers_not_to_imitate_however_they_are_marked(label: Any, write_rows: Write) -> None:
+    imitate = {"layout": "prompt/completion"}
     with pytest.raises(lk.DataError):
-        said({"prompt": "q", "completion": "bad", "label": label}, write_rows)
-    assert said({"prompt": "q", "completion": "good", "label": True}, write_rows) == PlainText(
-        "q", "good"
-    )
+        said({"prompt": "q", "completion": "bad", "label": label}, write_rows, **imitate)
+    good = {"prompt": "q", "completion": "good", "label": True}
+    assert said(good, write_rows, **imitate) == PlainText("q", "good")
 
 
 def test_pairs_of_texts_are_no_single_text(write_rows: Write) -> None:

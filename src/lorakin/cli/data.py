@@ -20,7 +20,8 @@ EXAMPLES = examples(
     "lorakin data train.jsonl more.jsonl --model org/model --eval-data test.jsonl --max-length 512",
 )
 OF_A_RECIPE = (
-    "max_rows", "data_weights", "columns", "format", "task", "eval_data", "holdout", "seed",
+    "max_rows", "data_weights", "columns", "format", "task", "task_args", "eval_data",
+    "holdout", "seed",
     "max_length", "loss_on", "chat_template", "template_args", "batch_size", "accumulate",
     "group_by_length", "packing",
 )  # fmt: skip

@@ -62,7 +62,7 @@ Generate = Annotated[
 ]
 
 
-@recipe_options("columns", "format", "chat_template", "quantize", "task")
+@recipe_options("columns", "format", "chat_template", "quantize", "task", "task_args")
 def command(
     model: Model,
     data: Annotated[

@@ -19,6 +19,7 @@ from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.results import Results
 from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method
+from lorakin.family.settings import require
 from lorakin.inject.heads import head_of
 from lorakin.inject.layer_numbers import parse_layers
 from lorakin.plan.meta_model import meta_model_of, trainable_parameters, with_assumed_importance
@@ -33,7 +34,7 @@ from lorakin.training.models import config_of, load_tokenizer
 from lorakin.training.precision import quantisation, resolve_dtype
 from lorakin.training.prepare import check_meant
 from lorakin.training.reading import DataRows
-from lorakin.training.tasks import kind_of_task
+from lorakin.training.tasks import OF_ANSWERS, kind_of_task
 
 ENDLESS = 10**6
 """The number of steps of a run whose budget is in minutes, before anything is timed."""
@@ -79,6 +80,7 @@ def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
 
 
 def _check_metric(comparison: Comparison, task: str) -> None:
+    require(task not in OF_ANSWERS, f"--task {task} cannot be compared yet; train each by itself")
     check_metric(comparison.metric, kind_of_task(task).metrics, task)
 
 

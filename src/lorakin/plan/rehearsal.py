@@ -149,7 +149,7 @@ class FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 @dataclasses.dataclass
 class RehearsedRun:
-    """Trains as transformers' Trainer and `lorakin.training.run_trainer.AdapterTrainer` do.
+    """Trains as transformers' Trainer and `lorakin.training.run_trainer.RunTraining` do.
 
     Attributes:
         model, adapter, optimizer: those of the run.

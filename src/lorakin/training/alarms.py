@@ -11,7 +11,7 @@ import transformers
 from rich.console import Console
 
 from lorakin.terminal import labelled
-from lorakin.training.batches import Row
+from lorakin.training.batches import GOOD, Row, texts_of
 
 USUAL = 20
 """Steps after which the usual norm of a gradient is known."""
@@ -103,5 +103,8 @@ def repeated(train: Iterable[Row], held_out: Sequence[Row]) -> int:
 
 def row_key(example: Row) -> tuple[Any, ...]:
     """Returns what two examples have in common exactly if they are the same, token by token."""
-    labels = example["labels"]
-    return tuple(example["input_ids"]), tuple(labels) if isinstance(labels, list) else labels
+    key: list[Any] = [example.get(GOOD)]
+    for text in texts_of(example):
+        labels = text["labels"]
+        key += [tuple(text["input_ids"]), tuple(labels) if isinstance(labels, list) else labels]
+    return tuple(key)

@@ -18,7 +18,25 @@ from lorakin.errors import SettingError
 from lorakin.training.token_labels import IGNORED
 
 Row = Mapping[str, Any]
-"""A tokenised row: `input_ids` and `labels`; a classifier's `labels` are one number."""
+"""A tokenised row: `input_ids` and `labels`; a classifier's `labels` are one number. A row of two
+answers holds one such row for each of `SIDES`."""
+SIDES = ("chosen", "rejected")
+GOOD = "is_good"
+"""The key of a row with an answer that is good or not."""
+
+
+def texts_of(row: Row) -> list[Row]:
+    """Returns what a model reads of a tokenised row: the row itself, or its two sides.
+
+    >>> texts_of({"chosen": {"input_ids": [1]}, "rejected": {"input_ids": [2]}})
+    [{'input_ids': [1]}, {'input_ids': [2]}]
+    """
+    return [row[side] for side in SIDES] if SIDES[0] in row else [row]
+
+
+def tokens_in(row: Row) -> int:
+    """Returns how many tokens a model reads of a row."""
+    return sum(len(text["input_ids"]) for text in texts_of(row))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +93,13 @@ def digest(*parts: Sequence[Row]) -> int:
     """
     found = hashlib.sha256()
     for part in parts:
-        for row in part:
+        for row in (text for pair in part for text in texts_of(pair)):
             labels = row["labels"] if isinstance(row["labels"], list) else [row["labels"]]
             found.update(array.array("q", [len(row["input_ids"]), *row["input_ids"]]).tobytes())
             kind = "d" if any(isinstance(label, float) for label in labels) else "q"
             found.update(array.array(kind, labels).tobytes())
+            if GOOD in row:
+                found.update(bytes([row[GOOD]]))
         found.update(b"|")
     return int(found.hexdigest()[:12], 16)
 
@@ -94,9 +114,8 @@ def stratified_sample(examples: Sequence[Row], share: float, seed: int) -> list[
     """
     classes: dict[int | None, list[Row]] = {}
     for example in examples:
-        classes.setdefault(
-            example["labels"] if isinstance(example["labels"], int) else None, []
-        ).append(example)
+        label = example.get("labels")
+        classes.setdefault(label if isinstance(label, int) else None, []).append(example)
     chance = random.Random(seed)
     chosen = [
         row

@@ -54,10 +54,14 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class PlainText:
-    """A prompt and its answer, as plain text; the prompt may be empty."""
+    """A prompt and its answer, as plain text; the prompt may be empty.
+
+    One that `is_raw` is the beginning of a text, and no message for a chat template.
+    """
 
     prompt: str
     answer: str
+    is_raw: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,23 @@ class Tagged:
     tags: list[Any]
 
 
-Content = Conversation | PlainText | Labelled | Tagged
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, each with the prompt: the better one and the other."""
+
+    chosen: Conversation | PlainText
+    rejected: Conversation | PlainText
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """An answer with its prompt, and whether it is a good one."""
+
+    answer: Conversation | PlainText
+    is_good: bool
+
+
+Content = Conversation | PlainText | Labelled | Tagged | Preference | Judged
 
 
 def text_of(value: Any, what: str) -> str:

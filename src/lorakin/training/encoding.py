@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.training.answers import ALL, ANSWERS, LOSS_ON, Answers
-from lorakin.training.contents import Content, Conversation, Labelled, PlainText, Tagged
+from lorakin.training.contents import Content, Conversation, PlainText
 from lorakin.training.endings import stop_ids
 from lorakin.training.reading import DataRows, row_in_message
 from lorakin.training.records import Record
@@ -87,15 +87,11 @@ class Encoder:
             DataError: a conversation without a chat template, one that cannot be verified, or a
                 text with a class.
         """
-        if isinstance(content, PlainText) and self.takes_template(content.prompt):
-            turns = [
-                {"role": "user", "content": content.prompt},
-                {"role": "assistant", "content": content.answer},
-            ]
-            content = Conversation(turns, [None, None])
+        if isinstance(content, PlainText) and not content.is_raw:
+            content = self._in_template(content)
         if isinstance(content, PlainText):
             return self._text(content)
-        if isinstance(content, Labelled | Tagged):
+        if not isinstance(content, Conversation):
             raise DataError("it has a label, which a language model does not learn")
         if self.answers is None:
             raise DataError(
@@ -103,6 +99,16 @@ class Encoder:
                 "give a template with --chat-template FILE"
             )
         return self.answers.encode(content, self.loss_on)
+
+    def _in_template(self, content: PlainText) -> PlainText | Conversation:
+        """Returns a prompt and its answer as messages, if the template is for them."""
+        if not self.takes_template(content.prompt):
+            return content
+        turns = [
+            {"role": "user", "content": content.prompt},
+            {"role": "assistant", "content": content.answer},
+        ]
+        return Conversation(turns, [None, None])
 
     def takes_template(self, prompt: str) -> bool:
         """Returns whether a prompt goes into the template; one that the template wrote does not."""
@@ -172,10 +178,10 @@ def encode(
     for record, whole in zip(rows.records, whole_rows, strict=True):
         is_split = split and isinstance(record.content, PlainText) and not record.content.prompt
         parts = pieces(whole, max_length) if is_split else [_cut(whole, 0, max_length)]
-        learned = [(record.where, part) for part in parts if _has_answer(part)]
+        learned = [(record.where, part) for part in parts if has_answer(part)]
         kept += learned
         dropped += not learned
-        cut += bool(learned) and not is_split and _learns(whole["labels"][max_length:])
+        cut += bool(learned) and not is_split and learns(whole["labels"][max_length:])
     if not kept:
         raise NothingLearnedError(
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer "
@@ -219,7 +225,7 @@ def with_answers(
         DataError: as `encode`, except that no row need be left.
     """
     pairs = zip(rows.records, _encode_rows(rows, tokenizer, loss_on, day), strict=True)
-    kept = [record for record, example in pairs if _learns(example["labels"][1:max_length])]
+    kept = [record for record, example in pairs if learns(example["labels"][1:max_length])]
     return dataclasses.replace(rows, records=kept)
 
 
@@ -231,22 +237,25 @@ def _encode_rows(
         try:
             ids, labels = encoder.encode(record.content)
         except DataError as error:
-            raise _of_row(record, error) from error
+            raise error_of_row(record, error) from error
         yield {"input_ids": ids, "labels": labels}
 
 
-def _of_row(record: Record, error: Exception) -> DataError:
+def error_of_row(record: Record, error: Exception) -> DataError:
+    """Returns an error with the row in which it occurred."""
     layout = record.source.format.name
     return DataError(
         f"{record.where}: {error} (format {layout}). The row: {row_in_message(record.values)}"
     )
 
 
-def _has_answer(example: dict[str, Any]) -> bool:
-    return _learns(example["labels"][1:])  # nothing predicts the first token
+def has_answer(example: Mapping[str, Any]) -> bool:
+    """Returns whether something of a tokenised row is learned."""
+    return learns(example["labels"][1:])  # nothing predicts the first token
 
 
-def _learns(labels: Sequence[int]) -> bool:
+def learns(labels: Sequence[int]) -> bool:
+    """Returns whether there is a label among these."""
     return any(label != IGNORED for label in labels)
 
 

@@ -10,7 +10,7 @@ import datasets
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lorakin.training.batches import Row
+from lorakin.training.batches import Row, tokens_in
 from lorakin.training.encoding import Encoded
 from lorakin.training.packing import packed
 from lorakin.training.recipe import Recipe
@@ -53,11 +53,13 @@ class Epoch:
     def dataset(self) -> datasets.Dataset:
         """Returns it for a Trainer; a row that comes several times is stored once."""
         rows = datasets.Dataset.from_list(list(self.examples))
+        if "input_ids" not in rows.column_names:  # rows of two answers
+            rows = rows.add_column("length", [tokens_in(row) for row in self.examples])
         return rows if self.order is None else rows.select(self.order)
 
     def lengths(self) -> list[int]:
         """Returns the number of tokens of each row, as often as it comes."""
-        lengths = [len(example["input_ids"]) for example in self.examples]
+        lengths = [tokens_in(example) for example in self.examples]
         return lengths if self.order is None else [lengths[place] for place in self.order]
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.family.settings import require
 from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.chat_templates import use_template
+from lorakin.training.formats import PREFERENCE, REWARD
 from lorakin.training.generation_settings import nan_error
 from lorakin.training.glue import task_and_metric
 from lorakin.training.limits import check_rows, position_count, row_length, warn_cut
 from lorakin.training.metrics import MetricValue
 from lorakin.training.models import Loaded, stored_labels
-from lorakin.training.reading import DataRows, read_rows
+from lorakin.training.reading import ANSWERS as ANSWERS_TO_IMITATE
+from lorakin.training.reading import KINDS, DataRows, read_rows
 from lorakin.training.sampling import Sampling
 from lorakin.training.tasks import Evaluation, task_of_model
-from lorakin.training.with_adapter import load_with_adapter
+from lorakin.training.with_adapter import load_with_adapter, recipe_beside
 from lorakin.training.written import write_answers
 
 
@@ -54,6 +57,7 @@ def evaluate_rows(
     other_base: bool = False,
     quantize: str | None = None,
     task: str | None = None,
+    task_args: Mapping[str, Any] | None = None,
     sampling: Sampling | None = None,
 ) -> Evaluation:
     """Evaluates a model, with an adapter or without, on all rows of a data set.
@@ -71,6 +75,8 @@ def evaluate_rows(
         other_base: as for `load_with_adapter`.
         task: the word of the task, or a task of GLUE, whose own metric comes first then; by
             default it is detected.
+        task_args: arguments of the task's own trainer, which its loss and its rewards depend on;
+            by default those with which the adapter was trained.
         sampling: how to write answers to the prompts and compare them; None leaves that out.
 
     Raises:
@@ -80,13 +86,19 @@ def evaluate_rows(
     require(loss_on in LOSS_ON, f"loss_on must be {', '.join(LOSS_ON)}, not {loss_on!r}")
     task, first = task_and_metric(task, None, [name] if isinstance(name, str) else name)
     rows = read_rows(name, columns, layout, task)
-    if sampling is not None and rows.has_labels:
-        raise DataError(f"--generate compares answers in words, and {rows.name} has labels")
+    if sampling is not None and rows.task not in ANSWERS_TO_IMITATE:
+        raise DataError(
+            f"--generate compares answers in words with the right ones, and {rows.name} has format "
+            f"{rows.formats[0]}"
+        )
+    if task is None and rows.formats[0] == PREFERENCE:
+        task, task_args = as_trained(adapter, task_args)
     loaded = _loaded_for(rows, model, adapter, dtype, other_base, quantize)
     tokenizer = loaded.tokenizer
     length = row_length(position_count(loaded.model), max_length)
-    learned = task_of_model(rows, loaded.model, task)
-    if learned.labels is None:
+    learned = task_of_model(rows, loaded.model, task, task_args)
+    learned.check(2)
+    if learned.takes_template:
         use_template(tokenizer, chat_template, rows)
     encoded = learned.encode(rows, tokenizer, length, loss_on=loss_on)
     check_rows(encoded.examples, loaded, encoded.where, rows.name)
@@ -100,6 +112,10 @@ def evaluate_rows(
     answers = evaluation.answers
     assert answers is not None
     answers = dataclasses.replace(answers, where=encoded.where)
+    if answers.details:
+        texts = [learned.texts(example, tokenizer) for example in encoded.examples]
+        pairs = zip(texts, answers.details, strict=True)
+        answers = dataclasses.replace(answers, details=[text | more for text, more in pairs])
     if sampling is None:
         metrics = dict(evaluation.metrics)
         own = {first: metrics[first]} if first in metrics else {}
@@ -108,6 +124,20 @@ def evaluate_rows(
     if len(written.right) == len(answers.where):  # no row was dropped
         answers = dataclasses.replace(answers, right=written.right, given=written.given)
     return dataclasses.replace(evaluation, answers=answers, metrics=written.metrics)
+
+
+def as_trained(
+    adapter: str | None, arguments: Mapping[str, Any] | None
+) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Returns the task of two answers that an adapter was trained for, and its arguments.
+
+    They stand in the recipe beside it; arguments that the user gives come first.
+    """
+    recipe = recipe_beside(adapter)
+    task = recipe.get("task")
+    if task not in KINDS[PREFERENCE]:
+        return None, arguments
+    return str(task), {**(recipe.get("task_args") or {}), **(arguments or {})}
 
 
 def _loaded_for(
@@ -123,7 +153,13 @@ def _loaded_for(
     Raises:
         DataError: the rows do not suit the model.
     """
-    labels = stored_labels(model) if rows.has_labels and adapter is None else None
+    of_a_head = rows.has_labels or rows.formats[0] == PREFERENCE
+    labels = stored_labels(model) if of_a_head and adapter is None else None
+    if rows.task == REWARD and adapter is None and labels is None:
+        raise DataError(
+            f"--task {REWARD}: {model} is no reward model, and without --adapter its head would be "
+            "random"
+        )
     if rows.has_labels and adapter is None and labels is None:
         raise DataError(
             f"{rows.name} has labels, but without --adapter the classifier would have a random head"

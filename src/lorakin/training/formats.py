@@ -31,15 +31,33 @@ from lorakin.training.messages import (
     TOOLS,
     USED_OF_A_MESSAGE,
     conversation,
-    flag,
+    exchanges,
     turns_in,
+    with_context,
+)
+from lorakin.training.preference_formats import (
+    ENDED,
+    EXTRA,
+    PAIRED,
+    VERDICTS,
+    WHOLE,
+    ended,
+    is_verdict,
+    judged,
+    paired,
+    whole,
 )
 
 CLASSIFICATION = "classification"
 LANGUAGE, MULTI_LABEL, REGRESSION = "language", "multi-label", "regression"
 SEQ2SEQ, TOKEN_CLASSIFICATION = "seq2seq", "token-classification"
-TASKS = (LANGUAGE, SEQ2SEQ, CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION)
+DPO, ORPO, KTO, REWARD = "dpo", "orpo", "kto", "reward"
+TASKS = (
+    LANGUAGE, SEQ2SEQ, CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION, DPO, ORPO,
+    KTO, REWARD,
+)  # fmt: skip
 """The words of the tasks."""
+PREFERENCE, FEEDBACK = "preference", "feedback"
 PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"), ("text", "text_pair"), ("text1", "text2"), ("question", "answer"),
@@ -62,12 +80,18 @@ class Format:
         columns: the columns that it needs.
         optional: the columns that it can use.
         read: returns what a row says.
+        last_is: whether the last column's value is one of this format.
     """
 
     name: str
     columns: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[Values], Content]
+    last_is: Callable[[Any], bool] = lambda value: True
+
+    def suits(self, row: Values) -> bool:
+        """Returns whether a row has the columns, whatever is in them but the last."""
+        return set(self.columns) <= row.keys() and self.last_is(row[self.columns[-1]])
 
 
 def _messages(row: Values) -> Conversation:
@@ -82,8 +106,8 @@ def _alpaca(
     instruction: str, extra: tuple[str, ...], output: str
 ) -> Callable[[Values], Conversation]:
     def read(row: Values) -> Conversation:
-        question = _with_context(row, instruction, extra)
-        turns = _exchanges(row, question, text_of(row[output], output))
+        question = with_context(row, instruction, extra)
+        turns = exchanges(row, question, text_of(row[output], output))
         return dataclasses.replace(conversation(turns, row), is_instruction=True)
 
     return read
@@ -99,9 +123,9 @@ def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | PlainT
             first = len(both.messages) - len(answer_turns)
             learned = [False] * first + list(both.learned[first:])
             return dataclasses.replace(both, learned=learned)
-        question, reply = _with_context(row, prompt, ("context",)), text_of(row[answer], answer)
+        question, reply = with_context(row, prompt, ("context",)), text_of(row[answer], answer)
         if any(row.get(key) for key in (*SYSTEM, "history", *TOOLS)):
-            return conversation(_exchanges(row, question, reply), row)
+            return conversation(exchanges(row, question, reply), row)
         return PlainText(question, reply)
 
     return read
@@ -119,7 +143,7 @@ def _squad(row: Values) -> PlainText:
     if not isinstance(texts, list):
         raise DataError(f"answers is {short_json(answers)}, expected a list of texts")
     answer = text_of(texts[0], "answers") if texts else ""
-    return PlainText(_with_context(row, "question", ("context",)), answer)
+    return PlainText(with_context(row, "question", ("context",)), answer)
 
 
 def _labelled(label: str, *texts: str) -> Callable[[Values], Labelled]:
@@ -152,28 +176,6 @@ def _plain(row: Values) -> PlainText:
     return PlainText("", text_of(row["text"], "text"))
 
 
-def _with_context(row: Values, question: str, extra: tuple[str, ...]) -> str:
-    """Returns a question and, after it, the other columns that belong to it."""
-    parts = [text_of(row[question], question)]
-    parts += [text_of(row[key], key) for key in extra if row.get(key) is not None]
-    return "\n\n".join([parts[0], *(part for part in parts[1:] if part.strip())])
-
-
-def _exchanges(row: Values, question: str, reply: str) -> list[dict[str, Any]]:
-    """Returns the messages of the row's earlier exchanges, if it has any, and of this one."""
-    history = row.get("history")
-    pairs = listed(history, "history") if history else []
-    if wrong := [pair for pair in pairs if not isinstance(pair, list | tuple) or len(pair) != 2]:
-        raise DataError(
-            f"history holds {short_json(wrong[0])}, expected pairs of a question and its answer"
-        )
-    return [
-        {"role": role, "content": content}
-        for pair in [*pairs, (question, reply)]
-        for role, content in zip(("user", "assistant"), pair, strict=True)
-    ]
-
-
 ALPACAS = (
     (("instruction", "output"), ("input",)),
     (("instruction", "response"), ("input", "context")),
@@ -183,7 +185,22 @@ ASKED = (
     ("query", "response"), ("input", "output"),
 )  # fmt: skip
 ASKED_TOO = ("context", *SYSTEM, "history", *TOOLS)
+_JUDGED = (
+    *((pair, ASKED_TOO, _asked(*pair)) for pair in ASKED[:2]),
+    *((pair, (*extra, *SYSTEM, "history"), _alpaca(pair[0], extra, pair[1]))
+      for pair, extra in ALPACAS[:1]),
+    (("messages",), (*TOOLS, *SYSTEM), _messages),
+    (("conversations",), (*TOOLS, *SYSTEM), _sharegpt),
+)  # fmt: skip
 FORMATS = (
+    *(Format(PREFERENCE, columns, EXTRA, paired(*columns)) for columns in PAIRED),
+    *(Format(PREFERENCE, columns, EXTRA[2:], whole(*columns)) for columns in WHOLE),
+    *(Format(PREFERENCE, columns, EXTRA[2:], ended(*columns)) for columns in ENDED),
+    *(
+        Format(FEEDBACK, (*columns, verdict), extra, judged(read, verdict), is_verdict)
+        for columns, extra, read in _JUDGED
+        for verdict in VERDICTS
+    ),
     *(
         Format(CLASSIFICATION, (*pair, label), (), _labelled(label, *pair))
         for pair in PAIRS
@@ -228,18 +245,20 @@ def detected(rows: Sequence[Values], name: str, chosen: str | None) -> Format:
     Raises:
         DataError: the rows have the columns of no format, or not those of the chosen one.
     """
-    keys = [row.keys() for row in rows]
     layouts = [layout for layout in FORMATS if chosen in (None, layout.name)]
-    counts = [sum(set(layout.columns) <= row for row in keys) for layout in layouts]
+    counts = [sum(layout.suits(row) for row in rows) for layout in layouts]
     if not max(counts):
-        raise _unknown(keys, layouts, name)
+        raise _unknown([row.keys() for row in rows], layouts, name)
     return layouts[counts.index(max(counts))]
 
 
 def _unknown(keys: Sequence[Iterable[str]], layouts: Sequence[Format], name: str) -> DataError:
     """Returns the error for rows of no known format, with the likeliest way out."""
     columns = list(dict.fromkeys(str(key) for row in keys for key in row))
-    described = "; ".join(f"{layout.name} ({', '.join(layout.columns)})" for layout in layouts)
+    by_name: dict[str, list[str]] = {}
+    for layout in layouts:
+        by_name.setdefault(layout.name, []).append(", ".join(layout.columns))
+    described = "; ".join(f"{name} ({' or '.join(ways[:4])})" for name, ways in by_name.items())
     first = list(keys[0])
     lone = first[0] if len(first) == 1 else ""
     hint = next((f"; is the file separated by {mark!r}?" for mark in ";\t|" if mark in lone), "")
@@ -275,23 +294,13 @@ def read(layout: Format, row: Values, mapped: bool) -> Content:
     return layout.read(row)
 
 
-def is_left_out(row: Values) -> bool:
-    """Returns whether the row itself says that it is not to be learned.
-
-    >>> is_left_out({"prompt": "a", "completion": "b", "weight": 0})
-    True
-    """
-    way_out = "; to leave the column aside, name those that matter with --columns"
-    return flag(row, FLAGS, "the row's ", way_out) is False
-
-
 def unused_keys(layout: Format, rows: Iterable[Values]) -> dict[str, int]:
     """Returns the columns, and keys of messages, that are not read → how many rows have them."""
     used = {*layout.columns, *layout.optional, *FLAGS}
     counts: collections.Counter[str] = collections.Counter()
     for row in rows:
         counts.update(key for key in row if key not in used and row[key] not in EMPTY)
-        for column in ("messages", "conversations", "prompt", "completion"):
+        for column in ("messages", "conversations", "prompt", "completion", "chosen", "rejected"):
             turns = row.get(column) if column in used else None
             if isinstance(turns, list):
                 messages = [turn for turn in turns if isinstance(turn, Mapping)]
@@ -306,10 +315,10 @@ def _check_meaning(layout: Format, row: Values) -> None:
     others = {key for key, value in row.items() if value not in EMPTY} - read_columns
     meant = ",".join(f"{column}={column}" for column in layout.columns)
     way_out = f"; if it does not matter, name the columns that do: --columns {meant}"
-    if pair := [key for key in PREFERENCES if key in others]:
+    if layout.name != PREFERENCE and (pair := [key for key in PREFERENCES if key in others]):
         chosen = f", or --columns prompt={layout.columns[0]},completion=chosen"
         raise DataError(
-            f"{pair[0]} makes it a preference (DPO) row, and train takes answers to imitate"
+            f"{pair[0]} makes it a row of preferences, which this one is not as a whole"
             f"{way_out}{chosen if 'chosen' in others else ''}"
         )
     if media := [key for key in MEDIA if key in others]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakin.errors import DataError, LorakinWarning, ModelError
 from lorakin.training.base_class import BaseClass
+from lorakin.training.batches import texts_of
 
 POSITION_TABLES = re.compile(
     r"wpe|(.*_)?pos(itions?)?(_emb.*|_enc.*)?|position_embeds_layer|embed_positions"
@@ -76,7 +77,10 @@ def warn_cut(length: int, wanted: int, name: str, *examples: Iterable[Mapping[st
         examples: the rows, in one or several parts.
     """
     if length < wanted and any(
-        len(example["input_ids"]) >= length for rows in examples for example in rows
+        len(text["input_ids"]) >= length
+        for rows in examples
+        for example in rows
+        for text in texts_of(example)
     ):
         warnings.warn(
             f"rows are cut at {length} tokens instead of {wanted} (--max-length): {name} has no "
@@ -101,8 +105,9 @@ def check_rows(
         DataError: an id for which the embedding has no row.
     """
     check_ids(examples, loaded, where)
+    texts = [text for example in examples for text in texts_of(example)]
     made_for = getattr(loaded.model.config, "max_position_embeddings", None)
-    longest = max((len(example["input_ids"]) for example in examples), default=0)
+    longest = max((len(text["input_ids"]) for text in texts), default=0)
     if isinstance(made_for, int) and longest > made_for and position_count(loaded.model) is None:
         warnings.warn(
             f"{source}: the longest row has {longest} tokens, and {loaded.name} was made for "
@@ -120,7 +125,8 @@ def check_ids(examples: Sequence[Mapping[str, Any]], loaded: Any, where: Sequenc
     """
     rows = _embedding_rows(loaded.model)
     for example, row in zip(examples, where, strict=True):
-        if rows is not None and (over := max(example["input_ids"], default=0)) >= rows:
+        over = max((max(text["input_ids"], default=0) for text in texts_of(example)), default=0)
+        if rows is not None and over >= rows:
             _refuse(over, rows, loaded, row)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import math
 import tempfile
@@ -24,7 +23,7 @@ from lorakin.storage import atomic
 from lorakin.training import train as training
 from lorakin.training.progress import running_mean
 from lorakin.training.recipe import Recipe
-from lorakin.training.run_trainer import AdapterTrainer, trainer_of
+from lorakin.training.run_trainer import RunTraining, trainer_of
 
 FEWEST_STEPS = 20
 DIVERGED = 4.0
@@ -105,12 +104,12 @@ class RangeTest:
         atomic.write(path.parent, {path.name: drawn.getvalue()})
 
 
-class RangeTrainer(AdapterTrainer):
-    """A Trainer whose learning rate grows by the same factor at each step, up to `highest`."""
+class RangeTraining(RunTraining):
+    """Mixed in before a Trainer class: its rate grows by one factor at each step, to `highest`."""
 
     lr_scheduler: Any
 
-    def __init__(self, highest: float, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, highest: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.highest = highest
 
@@ -180,11 +179,13 @@ def find_rate(
         )
         run = training.prepare(short, console)
         recording = Recording()
-        kind = functools.partial(RangeTrainer, highest)
         try:
             # The highest rates are there to diverge.
             with contextlib.suppress(DivergedError):
-                trainer_of(run, lambda step: {}, [recording], kind).train()
+                trainer = trainer_of(
+                    run, lambda step: {}, [recording], RangeTraining, highest=highest
+                )
+                trainer.train()
         finally:
             run.directory_lock.release()
     return RangeTest(recording.rates, recording.losses)

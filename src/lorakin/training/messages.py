@@ -80,6 +80,28 @@ def either(turn: Mapping[str, Any], *keys: str) -> Any:
     return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
+def with_context(row: Values, question: str, extra: tuple[str, ...]) -> str:
+    """Returns a question and, after it, the other columns that belong to it."""
+    parts = [text_of(row[question], question)]
+    parts += [text_of(row[key], key) for key in extra if row.get(key) is not None]
+    return "\n\n".join([parts[0], *(part for part in parts[1:] if part.strip())])
+
+
+def exchanges(row: Values, question: str, reply: str) -> list[dict[str, Any]]:
+    """Returns the messages of the row's earlier exchanges, if it has any, and of this one."""
+    history = row.get("history")
+    pairs = listed(history, "history") if history else []
+    if wrong := [pair for pair in pairs if not isinstance(pair, list | tuple) or len(pair) != 2]:
+        raise DataError(
+            f"history holds {short_json(wrong[0])}, expected pairs of a question and its answer"
+        )
+    return [
+        {"role": role, "content": content}
+        for pair in [*pairs, (question, reply)]
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
 def flag(
     given: Mapping[str, Any], keys: tuple[str, ...], whose: str, way_out: str = ""
 ) -> bool | None:
@@ -107,6 +129,16 @@ def flag(
             )
         return meaning
     return None
+
+
+def is_left_out(row: Values) -> bool:
+    """Returns whether the row itself says that it is not to be learned.
+
+    >>> is_left_out({"prompt": "a", "completion": "b", "weight": 0})
+    True
+    """
+    way_out = "; to leave the column aside, name those that matter with --columns"
+    return flag(row, FLAGS, "the row's ", way_out) is False
 
 
 def _says_no_system(turn: Mapping[str, Any]) -> bool:

@@ -79,6 +79,16 @@ def _spearman(right: Array, given: Array, weights: Array) -> float:
     return _pearson(ranks[0], ranks[1], np.ones(len(ranks[0])))
 
 
+def _reward_accuracy(rejected: Array, chosen: Array, weights: Array) -> float:
+    """Returns the share of rows in which the better answer has the higher reward; ties are half."""
+    won = (chosen > rejected) + 0.5 * (chosen == rejected)
+    return float(np.average(won, weights=weights))
+
+
+def _reward_margin(rejected: Array, chosen: Array, weights: Array) -> float:
+    return float(np.average(chosen - rejected, weights=weights))
+
+
 METRICS = {
     metric.name: metric
     for metric in (
@@ -91,6 +101,8 @@ METRICS = {
         Metric("micro_f1", _sklearn("f1_score", average="micro", zero_division=0.0), is_share=True),
         Metric("macro_f1", _sklearn("f1_score", average="macro", zero_division=0.0), is_share=True),
         Metric("exact_match", _sklearn("accuracy_score"), is_share=True),
+        Metric("reward_accuracy", _reward_accuracy, is_share=True),
+        Metric("reward_margin", _reward_margin),
     )
 }
 

@@ -35,7 +35,8 @@ class Paired:
 def paired(first: Evaluation, second: Evaluation) -> Paired:
     """Compares two models on the same rows, the second with the first.
 
-    Where answers are right or wrong, that counts; else the mean loss of each row.
+    Where answers are right or wrong, that counts, and of two answers whether the better one won;
+    else the mean loss of each row.
 
     >>> def evaluation(*losses):
     ...     return Evaluation(0.0, 3, answers=RowAnswers(np.array(losses), np.ones(3)))
@@ -56,6 +57,10 @@ def paired(first: Evaluation, second: Evaluation) -> Paired:
 def _scores(evaluation: Evaluation) -> npt.NDArray[Any]:
     answers = evaluation.answers
     assert isinstance(answers, RowAnswers)
+    if evaluation.has_winners and answers.numbers is not None:
+        other, better = answers.numbers
+        wins: npt.NDArray[Any] = np.sign(better - other)
+        return wins
     if evaluation.accuracy is None:
         means: npt.NDArray[Any] = -answers.losses / np.maximum(answers.counts, 1)
         return means

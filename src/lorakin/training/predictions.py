@@ -39,6 +39,8 @@ def check(path: Path, adapters: Sequence[str | None]) -> None:
 def write(path: Path, evaluation: Evaluation) -> None:
     """Writes one JSON object for each row: its place, the right and given answers, its mean loss.
 
+    Of two answers it holds their texts, their rewards, and which of them won.
+
     Args:
         path: a new JSONL file.
         evaluation: the figures, with the answers that they come from.
@@ -51,6 +53,8 @@ def write(path: Path, evaluation: Evaluation) -> None:
         if answers.given:
             right, given = answers.right[n], answers.given[n]
             line |= {"right": right, "given": given}
+        if answers.details:
+            line |= answers.details[n]
         line["loss"] = round(float(answers.losses[n] / max(1, answers.counts[n])), 6)
         lines.append(line)
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -17,6 +17,7 @@ from rich.console import Console
 from lorakin.adapting import adapt
 from lorakin.errors import DataError
 from lorakin.family import Method
+from lorakin.family.settings import require
 from lorakin.inject.heads import head_of
 from lorakin.inject.layer_numbers import parse_layers
 from lorakin.inject.llama_fusions import fuse
@@ -47,7 +48,7 @@ from lorakin.training.run_report import show_rows, show_run
 from lorakin.training.run_trainer import loss_of
 from lorakin.training.starting import StartingAdapter, read_start
 from lorakin.training.stream import TrainingStream
-from lorakin.training.tasks import Task, task_for
+from lorakin.training.tasks import OF_ANSWERS, Task, task_for
 from lorakin.training.templates import Template
 from lorakin.training.tokens import rows_of
 
@@ -94,9 +95,17 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     if recipe.streaming:
         stream.check_labels(recipe, rows)
     train_rows, held_rows = held_out_rows(recipe, rows)
-    task = task_for(rows, recipe.labels, config_of(recipe.model))
+    task = task_for(rows, recipe.labels, config_of(recipe.model), recipe.task_args)
+    task.check(recipe.batch_size)
+    require(
+        not recipe.group_by_length or task.trainer.order is None,
+        f"--group-by-length: --task {task.word} takes rows in one order; leave it out",
+    )
     if recipe.packing:
         packing.check_task(task)
+    # An evaluation of the adapter reads it.
+    if task.word in OF_ANSWERS:
+        recipe = dataclasses.replace(recipe, task=task.word)
     show_rows(console, rows, held_rows, recipe.streaming)
 
     torch.manual_seed(recipe.seed)  # a classifier's new head is drawn while loading
@@ -108,9 +117,10 @@ def _prepared(recipe: Recipe, console: Console, directory_lock: RunDirectoryLock
     wanted = recipe.max_length
     length = limits.row_length(limits.position_count(loaded.model), wanted)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=task.labels, max_length=length)
-    recipe, template = _with_template(recipe, loaded, rows)
+    recipe, template = _with_template(recipe, loaded, rows, task)
     train = by_source(recipe, train_rows, lambda part: encoded(recipe, part, loaded, task))
     held_out = encoded(recipe, held_rows, loaded, task)
+    task.check_examples(train.examples, rows.name)
     if train.cut or held_out.cut or not recipe.packing:
         limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
 
@@ -133,13 +143,15 @@ def _check_schedule(recipe: Recipe, steps: int | None) -> None:
     schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr, steps, recipe.warmup)
 
 
-def _with_template(recipe: Recipe, loaded: Loaded, rows: DataRows) -> tuple[Recipe, str | None]:
+def _with_template(
+    recipe: Recipe, loaded: Loaded, rows: DataRows, task: Task
+) -> tuple[Recipe, str | None]:
     """Gives the tokenizer its chat template; returns the template if it is not the model's own.
 
     The recipe that is returned has the day that the template prints, so that a resumed run prints
     the same.
     """
-    if recipe.labels is not None:
+    if not task.takes_template:
         return recipe, None
     tokenizer = loaded.tokenizer
     template = use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
@@ -163,6 +175,8 @@ def _place_adapter(
             atomic.write(run.out, {TEMPLATE: template.encode()})
 
     if start is not None:
+        if run.task.needs_reference:
+            start.place_reference(run.loaded)
         run.adapter = start.place(run.loaded)
         float16_base.check_no_float16_training(model)
         processes.first_writes(settings)
@@ -254,7 +268,7 @@ def held_out_rows(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
     if recipe.eval_data is None:
         train, held_out = reading.split(rows, recipe.holdout, recipe.seed)
         return train if recipe.max_rows is None else train.first(recipe.max_rows), held_out
-    task = rows.task if rows.has_labels else None
+    task = None if rows.task in reading.ANSWERS else rows.task
     held_out = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format, task)
     if held_out.task != rows.task:
         raise DataError(

@@ -13,7 +13,7 @@ from rich.text import Text as RichText
 
 from lorakin.training import limits, packing, reading
 from lorakin.training.alarms import repeated, row_key
-from lorakin.training.batches import Row
+from lorakin.training.batches import Row, texts_of, tokens_in
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import Encoded
 from lorakin.training.epoch import Epoch, EpochFigures
@@ -96,10 +96,10 @@ def preview(recipe: Recipe) -> Preview:
     train_rows, held_rows = held_out_rows(recipe, rows)
     config = config_of(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
-    task = task_for(rows, recipe.labels, config)
+    task = task_for(rows, recipe.labels, config, recipe.task_args)
     if recipe.packing:
         packing.check_task(task)
-    if task.labels is None:
+    if task.takes_template:
         use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
     length = limits.row_length(limits.position_count_of_config(config), recipe.max_length)
     recipe = dataclasses.replace(recipe, max_length=length)
@@ -118,7 +118,7 @@ def preview(recipe: Recipe) -> Preview:
         reading.summary(rows),
         task.word,
         reading.unused(rows),
-        [len(example["input_ids"]) for example in examples],
+        [tokens_in(example) for example in examples],
         length,
         sum(_learned(example) for example in examples),
         sum(part.dropped for part in parts),
@@ -131,12 +131,14 @@ def preview(recipe: Recipe) -> Preview:
 
 
 def _learned(example: Row) -> int:
-    labels = example["labels"]
-    return sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
+    labels = [text["labels"] for text in texts_of(example)]
+    return sum(
+        sum(label != IGNORED for label in one) if isinstance(one, list) else 1 for one in labels
+    )
 
 
 def _shown(task: Task, examples: Sequence[Row], tokenizer: Any) -> list[RichText]:
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    ordered = sorted(examples, key=tokens_in)
     places = dict.fromkeys((0, len(ordered) // 2, len(ordered) - 1))
     return [task.rendered(ordered[place], tokenizer) for place in places]
 

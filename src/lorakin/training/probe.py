@@ -41,7 +41,9 @@ def probe_batches(run: PreparedRun, share: float = 1.0, most: int | None = None)
     size = run.recipe.batch_size
     examples = stratified_sample(run.train.examples, share, run.recipe.seed)
     examples = examples if most is None else examples[: most * size]
-    loader: Any = DataLoader(examples, batch_size=size, collate_fn=run.collator())  # type: ignore[arg-type]
+    rows: Any = [run.task.probed(example) for example in examples]
+    collate = run.task.probe_collator(run.loaded.model, run.loaded.tokenizer)
+    loader: Any = DataLoader(rows, batch_size=size, collate_fn=collate)
     device = run.loaded.model.device
     return [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
 
@@ -52,7 +54,7 @@ def probe_loss(run: PreparedRun) -> Callable[[Any, Batch], Tensor]:
 
     def of_batch(model: Any, batch: Batch) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return loss(model(**inputs), batch["labels"], None)
+        return loss(model(**inputs), batch.get("labels"), None)  # type: ignore[arg-type]
 
     return of_batch
 

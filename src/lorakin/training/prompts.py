@@ -10,8 +10,15 @@ from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.training import data_files, formats
-from lorakin.training.contents import Content, Conversation, PlainText, Tagged
-from lorakin.training.formats import FORMATS, PREFERENCES, Format
+from lorakin.training.contents import (
+    Content,
+    Conversation,
+    Judged,
+    PlainText,
+    Preference,
+    Tagged,
+)
+from lorakin.training.formats import FEEDBACK, FORMATS, PREFERENCE, PREFERENCES, Format
 from lorakin.training.reading import mapped, row_in_message
 
 NOT_ASKED = {*PREFERENCES, "label", "labels"}
@@ -101,7 +108,7 @@ def _format(rows: Sequence[Mapping[str, Any]], name: str, chosen: str | None) ->
             sum(set(layout.columns) <= row.keys() for row in rows),
         )
         for layout in FORMATS
-        if chosen in (None, layout.name)
+        if chosen in (None, layout.name) and layout.name not in (PREFERENCE, FEEDBACK)
     }
     best = max(counts, key=counts.__getitem__, default=None)
     if best is None or counts[best][0] == 0:
@@ -123,8 +130,8 @@ def without_answer(content: Content) -> Conversation | PlainText:
             raise DataError("no message asks anything")
         messages, learned = content.messages[:last], content.learned[:last]
         return dataclasses.replace(content, messages=messages, learned=learned)
-    if isinstance(content, Tagged):
-        raise DataError("it has words and tags, and no prompt")
+    if isinstance(content, Tagged | Preference | Judged):
+        raise DataError("it has no single right answer to a prompt")
     text = content.prompt or content.answer if isinstance(content, PlainText) else content.text
     if not text.strip():
         raise DataError("the prompt is empty")

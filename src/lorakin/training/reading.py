@@ -19,16 +19,41 @@ from lorakin.training.contents import (
 )
 from lorakin.training.formats import (
     CLASSIFICATION,
+    DPO,
+    FEEDBACK,
+    KTO,
     LANGUAGE,
     MULTI_LABEL,
+    ORPO,
+    PREFERENCE,
     REGRESSION,
+    REWARD,
     SEQ2SEQ,
     TOKEN_CLASSIFICATION,
 )
+from lorakin.training.messages import is_left_out
 from lorakin.training.records import Record, Source, is_fraction
 
 HOLDOUT_LIMIT = 256
 """The most rows that are held out."""
+KINDS = {
+    CLASSIFICATION: (CLASSIFICATION, MULTI_LABEL, REGRESSION),
+    TOKEN_CLASSIFICATION: (TOKEN_CLASSIFICATION,),
+    PREFERENCE: (DPO, ORPO, REWARD, KTO),
+    FEEDBACK: (KTO,),
+}
+"""A format → the tasks that its rows are for, first the one that is meant if nobody says. Rows of
+any other format are answers to imitate."""
+ANSWERS = (LANGUAGE, SEQ2SEQ)
+NEEDED = {
+    **dict.fromkeys(KINDS[CLASSIFICATION], "a label (text, label; sentence1, sentence2, label)"),
+    TOKEN_CLASSIFICATION: "tags (tokens, tags)",
+    **dict.fromkeys(KINDS[PREFERENCE], "two answers (prompt, chosen, rejected)"),
+    KTO: "verdicts (prompt, completion, label with true or false) or two answers (prompt, chosen, "
+    "rejected)",
+    **dict.fromkeys(ANSWERS, "answers to imitate (prompt, completion)"),
+}
+"""The word of a task → what its rows have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +108,8 @@ class DataRows:
         """The word of the task that the rows are for: the user's, or what their labels are."""
         if self.chosen_task is not None:
             return self.chosen_task
-        if not self.has_labels:
-            return LANGUAGE
         if not self.is_classification:
-            return TOKEN_CLASSIFICATION
+            return tasks_of(self.formats[0])[0]
         labels = [r.content.label for r in self.records if isinstance(r.content, Labelled)]
         if any(isinstance(unpacked(label), list) for label in labels):
             return MULTI_LABEL
@@ -121,6 +144,15 @@ class DataRows:
         return sorted(labels) if kinds == {True} else sorted(labels, key=int)
 
 
+def tasks_of(name: str) -> tuple[str, ...]:
+    """Returns the words of the tasks that rows of a format are for.
+
+    >>> tasks_of("feedback"), tasks_of("alpaca")
+    (('kto',), ('language', 'seq2seq'))
+    """
+    return KINDS.get(name, ANSWERS)
+
+
 def read_rows(
     names: str | Sequence[str],
     columns: Mapping[str, str] | None = None,
@@ -148,9 +180,9 @@ def read_rows(
         raise DataError(f"format must be one of {', '.join(formats.NAMES)}, not {layout!r}")
     names = [names] if isinstance(names, str) else names
     parts = [_read_one(name, columns or {}, layout, most) for name in names]
-    if len({part.formats[0] if part.has_labels else LANGUAGE for part in parts}) > 1:
+    if len({tasks_of(part.formats[0]) for part in parts}) > 1:
         kinds = "; ".join(f"{part.name} has format {part.formats[0]}" for part in parts)
-        raise DataError(f"data of a classifier and of a language model cannot be mixed: {kinds}")
+        raise DataError(f"data for different tasks cannot be mixed: {kinds}")
     unused: collections.Counter[str] = collections.Counter()
     for part in parts:
         unused.update(part.unused)
@@ -161,10 +193,9 @@ def read_rows(
         task,
         unused,
     )
-    if task not in (None, LANGUAGE, SEQ2SEQ) and not rows.has_labels:
-        wanted = "; ".join(f"{one}, label" for one in ("text", "sentence1, sentence2"))
+    if task is not None and task not in tasks_of(rows.formats[0]):
         raise DataError(
-            f"--task {task} needs rows with a label ({wanted}), but {rows.name} has format "
+            f"--task {task} needs rows with {NEEDED[task]}, but {rows.name} has format "
             f"{rows.formats[0]}; say which columns are meant with --columns"
         )
     # Rows that are set apart may look like another task by themselves.
@@ -215,7 +246,7 @@ def _records(
 ) -> Iterator[Record]:
     for number, row in numbered:
         try:
-            if not formats.is_left_out(row):
+            if not is_left_out(row):
                 content = formats.read(source.format, row, mapped=is_mapped)
                 yield Record(source, number, row, content)
         except DataError as error:

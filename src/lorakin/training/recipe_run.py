@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from lorakin.storage.schema import Check
-from lorakin.training.recipe_option import METHOD, OPTIMISATION, WATCHING, Option
+from lorakin.training.recipe_option import DATA, METHOD, OPTIMISATION, WATCHING, Option
 
 REPORTERS = ("tensorboard", "wandb", "trackio", "mlflow")
 """What `--report-to` knows: transformers' words for them, which are also their packages'."""
@@ -33,6 +33,14 @@ class RunSettings:
             default="a new one",
         ),
     ] = None
+    task_args: Annotated[
+        dict[str, Any],
+        Option(
+            DATA,
+            "An argument of the task's own trainer, for dpo, orpo, kto and reward: beta=0.2.",
+            ("--task-arg",),
+        ),
+    ] = dataclasses.field(default_factory=dict)
     neftune_alpha: Annotated[
         NotNegative,
         Option(OPTIMISATION, "NEFTune: noise of this size on the embeddings while training."),

@@ -44,6 +44,8 @@ def show_run(run: PreparedRun) -> None:
         figures = dataclasses.replace(figures, of_sources=None)
     for line in figures.lines():
         console.print(labelled("epoch  " if run.stream is None else "sample ", line))
+    if run.task.note:
+        console.print(labelled("task   ", _task_line(run)))
     gpus = torch.cuda.device_count()
     if gpus > 1 and processes.count() == 1 and run.loaded.model.device.type == "cuda":
         console.print(labelled(f"1 of {gpus} GPUs", " is used; --gpus all uses all", "yellow"))
@@ -63,6 +65,13 @@ def show_run(run: PreparedRun) -> None:
     what = " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"
     console.print(labelled("one example", what))
     console.print(run.task.rendered(run.train.examples[0], run.loaded.tokenizer))
+
+
+def _task_line(run: PreparedRun) -> str:
+    start = run.recipe.adapter
+    reference = "the base" if start is None else f"{start} as it is now"
+    against = f"; compared with {reference}" if run.task.needs_reference else ""
+    return f"{run.task.note}{against}"
 
 
 def _model_line(run: PreparedRun) -> str:

@@ -15,17 +15,20 @@ from lorakin.training import processes, run_directory, watching
 from lorakin.training.batches import smoothed
 from lorakin.training.epoch import EpochLengthGroups
 from lorakin.training.run import PreparedRun
+from lorakin.training.tasks.trainer_kind import quiet_config
 from lorakin.training.trainers import AdapterTraining
 
 
-class AdapterTrainer(AdapterTraining, transformers.Trainer):
-    """A Trainer that checkpoints the adapter and stops at the first loss that is not finite.
+class RunTraining(AdapterTraining):
+    """Mixed in before a Trainer class: checkpoints the adapter, stops at a loss that is not finite.
 
     `last_finite` holds a copy of the trained tensors at the last finite loss, and
     `last_finite_step` the step after which they were so (-1 before the first).
     """
 
     control: Any
+    log: Any
+    remove_callback: Any
 
     def __init__(
         self, adapter: Adapter, held_out: Callable[[int], Mapping[str, float]], **kwargs: Any
@@ -47,7 +50,7 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
         return figures
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         # transformers' own begins each epoch where the global generator is, which a run that is
         # resumed in a later epoch does not know.
         is_grouped = isinstance(sampler, LengthGroupedSampler)
@@ -61,7 +64,9 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
         Raises:
             DivergedError: the loss is not finite in some process, or the float16 scaler gave up.
         """
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        loss: torch.Tensor = super().training_step(  # type: ignore[misc]
+            model, inputs, num_items_in_batch
+        )
         step = self.state.global_step
         if not processes.everywhere(bool(torch.isfinite(loss))):
             raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
@@ -90,29 +95,41 @@ def trainer_of(
     run: PreparedRun,
     held_out: Callable[[int], Mapping[str, float]],
     callbacks: list[transformers.TrainerCallback],
-    kind: Callable[..., AdapterTrainer] = AdapterTrainer,
-) -> AdapterTrainer:
-    """Returns the Trainer of a run.
+    mixin: type[RunTraining] = RunTraining,
+    **options: Any,
+) -> RunTraining:
+    """Returns the Trainer of a run: the task's own, with lorakin's behaviour mixed in before it.
 
     Args:
         run: what `prepare` made.
         held_out: returns the held-out figures at a step, named as in the metrics.
         callbacks: callbacks that watch the run.
-        kind: what makes it.
+        mixin: what is mixed in.
+        options: more arguments of the mixin.
+
+    Raises:
+        SettingError: the Trainer refuses its arguments.
     """
+    model, kind = run.loaded.model, run.task.trainer
     if run.recipe.gradient_checkpointing:
-        checkpoint_activations(run.loaded.model)
-    trainer = kind(
+        checkpoint_activations(model)
+    rows: Any = run.epoch.dataset() if run.stream is None else run.stream
+    if kind.order is not None and run.stream is None:  # rows of one kind may stand together
+        rows = rows.shuffle(seed=run.recipe.seed)
+    own = {"compute_loss_func": loss_of(run)} if kind.options is None else kind.options(model)
+    bases = (mixin, *kind.mixins, kind.trainer)
+    trainer: RunTraining = type(f"Adapter{kind.trainer.__name__}", bases, {})(
         run.adapter,
         held_out,
-        model=run.loaded.model,
-        args=on_one_device(transformers.TrainingArguments(**arguments(run))),
-        train_dataset=run.epoch.dataset() if run.stream is None else run.stream,
+        model=model,
+        args=on_one_device(quiet_config(kind.config, **arguments(run), **kind.arguments)),
+        train_dataset=rows,
         eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
-        compute_loss_func=loss_of(run),
         callbacks=[*watching.callbacks(run), *callbacks],
         processing_class=run.loaded.tokenizer,
+        **own,
+        **options,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -132,6 +149,7 @@ def on_one_device(arguments: transformers.TrainingArguments) -> transformers.Tra
 def arguments(run: PreparedRun) -> dict[str, Any]:
     """Returns the arguments of transformers' `TrainingArguments` for a run."""
     recipe, on_cpu = run.recipe, run.loaded.model.device.type == "cpu"
+    order = "group_by_length" if recipe.group_by_length else "random"
     return {
         "output_dir": str(run.out / run_directory.CHECKPOINTS),
         "per_device_train_batch_size": recipe.batch_size,
@@ -147,7 +165,7 @@ def arguments(run: PreparedRun) -> dict[str, Any]:
         "max_grad_norm": recipe.max_grad_norm,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
-        "train_sampling_strategy": "group_by_length" if recipe.group_by_length else "random",
+        "train_sampling_strategy": run.task.trainer.order or order,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",

@@ -13,9 +13,11 @@ from lorakin.family import Method, method_named
 from lorakin.loading import insert_document
 from lorakin.storage import directory, hub
 from lorakin.storage.peft.reading import parsed_files
+from lorakin.switching import activate
 from lorakin.training.chat_templates import TEMPLATE, remembered_template
 from lorakin.training.models import Loaded
 from lorakin.training.recipe import Recipe
+from lorakin.training.reference_adapter import REFERENCE
 from lorakin.training.with_adapter import check_fits, labels_of, recipe_labels
 
 OF_THE_PAIR = ("rank", "alpha", "dropout", "rslora")
@@ -120,6 +122,16 @@ class StartingAdapter:
         check_fits(loaded, self.files)
         document = self.files.match(loaded.model)
         return insert_document(loaded.model, "default", document, trainable=True)
+
+    def place_reference(self, loaded: Loaded) -> None:
+        """Puts a frozen copy of the adapter beside the one to be trained, which is placed next.
+
+        Raises:
+            AdapterError, ModelError: as for `place`.
+        """
+        check_fits(loaded, self.files)
+        insert_document(loaded.model, REFERENCE, self.files.match(loaded.model))
+        activate(loaded.model, [])
 
 
 def read_start(name: str | None) -> StartingAdapter | None:

@@ -19,11 +19,12 @@ from lorakin.terminal import command, labelled
 from lorakin.training import checkpoint_manifest, checkpoints, processes, run_directory, watching
 from lorakin.training.alarms import Alarms, warn
 from lorakin.training.evaluate import described
+from lorakin.training.preference_trainer import left_as_it_was
 from lorakin.training.prepare import prepare
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.run import PreparedRun, Result
 from lorakin.training.run_report import notes
-from lorakin.training.run_trainer import AdapterTrainer, trainer_of
+from lorakin.training.run_trainer import RunTraining, trainer_of
 from lorakin.training.tasks import Evaluation
 
 __all__ = ["PreparedRun", "Result", "prepare", "train"]
@@ -75,8 +76,9 @@ def _trained(
         return _as_metrics(evaluation)
 
     seen = [Watch(run.console, metrics), Alarms(run.console)] if processes.is_first() else []
-    trainer = trainer_of(run, held_out, [*seen, *callbacks])
-    after = _run_trainer(run, trainer, taken)
+    with left_as_it_was(run.loaded.model):
+        trainer = trainer_of(run, held_out, [*seen, *callbacks])
+        after = _run_trainer(run, trainer, taken)
     ending = watching.ending(run, trainer.state)
     if ending.words:
         run.console.print(labelled("ended  ", ending.words))
@@ -114,7 +116,7 @@ def _trained(
 
 
 def _run_trainer(
-    run: PreparedRun, trainer: AdapterTrainer, taken: Mapping[int, Evaluation]
+    run: PreparedRun, trainer: RunTraining, taken: Mapping[int, Evaluation]
 ) -> Evaluation:
     """Trains, and returns the held-out figures after it.
 
@@ -209,9 +211,7 @@ def _first_evaluation(run: PreparedRun, metrics: Metrics) -> Evaluation:
     return before
 
 
-def _saved_and_error(
-    run: PreparedRun, trainer: AdapterTrainer, error: DivergedError
-) -> DivergedError:
+def _saved_and_error(run: PreparedRun, trainer: RunTraining, error: DivergedError) -> DivergedError:
     """Saves the last good adapter, and returns the error that says so."""
     advice = "try a lower --lr, or --dtype float32"
     if not trainer.last_finite:

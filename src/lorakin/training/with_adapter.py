@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lorakin.errors import AdapterError, LorakinWarning, some
 from lorakin.loading import insert_document
@@ -143,6 +144,13 @@ def recipe_labels(files: directory.AdapterFiles) -> list[str] | None:
             f"{some(recorded)}; put them back as they were"
         )
     return in_recipe
+
+
+def recipe_beside(adapter: str | None) -> dict[str, Any]:
+    """Returns the settings in the recipe beside an adapter; none if there is none."""
+    recipe = Path(adapter or "") / RECIPE
+    settings = read_yaml(recipe) if adapter is not None and recipe.is_file() else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def labels_of(files: directory.AdapterFiles) -> list[str] | None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.family.settings import require
 from lorakin.training.base_class import is_seq2seq
-from lorakin.training.formats import CLASSIFICATION, LANGUAGE, REGRESSION, SEQ2SEQ
+from lorakin.training.formats import (
+    CLASSIFICATION,
+    LANGUAGE,
+    PREFERENCE,
+    REGRESSION,
+    REWARD,
+    SEQ2SEQ,
+)
 from lorakin.training.reading import DataRows
+from lorakin.training.tasks.feedback import Kto
 from lorakin.training.tasks.language import Language
+from lorakin.training.tasks.preference import Dpo, Orpo
+from lorakin.training.tasks.reward import Reward
 from lorakin.training.tasks.seq2seq import Seq2Seq
 from lorakin.training.tasks.sequence import Classification, MultiLabel, Regression
 from lorakin.training.tasks.task import Evaluation, RowAnswers, Task
 from lorakin.training.tasks.tokens import TokenClassification
+from lorakin.training.tasks.trainer_kind import checked_arguments
 
 __all__ = [
     "Evaluation",
@@ -31,11 +42,18 @@ WITH_LABELS: dict[str, Any] = {
     task.word: task for task in (Classification, MultiLabel, Regression, TokenClassification)
 }
 """Tasks that are made of their labels, by word."""
+OF_ANSWERS: dict[str, Any] = {task.word: task for task in (Dpo, Orpo, Kto, Reward)}
+"""Tasks that compare answers, by word; they are made of the arguments of a trainer."""
 HEADS = {task.auto.removeprefix("AutoModel") for task in WITH_LABELS.values()}
 """How the names of classes end whose models have the heads of these tasks."""
 
 
-def task_for(rows: DataRows, labels: Sequence[str] | None = None, config: Any = None) -> Task:
+def task_for(
+    rows: DataRows,
+    labels: Sequence[str] | None = None,
+    config: Any = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Task:
     """Returns the task that rows are for.
 
     Args:
@@ -43,11 +61,22 @@ def task_for(rows: DataRows, labels: Sequence[str] | None = None, config: Any = 
         labels: the classes, if they are known; by default those of the rows.
         config: the model's, if it is known: one with an encoder and a decoder learns answers in
             its own way.
+        arguments: those of the task's own trainer, by name.
 
     Raises:
         DataError: the rows' labels do not make classes, or the model is not one for the task.
+        SettingError: an argument that the trainer does not take.
     """
     kind: Any = kind_of_task(rows.task, config)
+    if rows.task in OF_ANSWERS:
+        if config is not None and is_seq2seq(config):
+            raise DataError(
+                f"--task {rows.task} needs a model that only decodes, and a "
+                f"{type(config).__name__} describes an encoder and a decoder"
+            )
+        of_answers: Task = kind(arguments=arguments or {})
+        return of_answers
+    checked_arguments(arguments or {}, {}, rows.task)
     if rows.task in WITH_LABELS:
         task: Task = kind(list(rows.labels() if labels is None else labels))
         return task
@@ -77,6 +106,7 @@ def planned_task(word: str | None, labels: int | None, config: Any) -> Task:
     told = LANGUAGE if labels is None else REGRESSION if labels == 1 else CLASSIFICATION
     kind: Any = kind_of_task(word or told, config)
     names = [str(number) for number in range(labels or 0)]
+    require(kind.word not in OF_ANSWERS, f"--task {kind.word} cannot be planned yet")
     if kind.word not in WITH_LABELS:
         require(labels is None, f"--task {kind.word} has no classes, so leave --labels out")
         task: Task = kind()
@@ -100,31 +130,42 @@ def kind_of_task(word: str, config: Any = None) -> type[Task]:
         word: one of `formats.TASKS`.
         config: the model's, as for `task_for`.
     """
-    if word in WITH_LABELS:
-        kind: type[Task] = WITH_LABELS[word]
+    if word in WITH_LABELS or word in OF_ANSWERS:
+        kind: type[Task] = (WITH_LABELS | OF_ANSWERS)[word]
         return kind
     return Seq2Seq if word == SEQ2SEQ or is_seq2seq(config) else Language
 
 
-def task_of_model(rows: DataRows, model: Any, word: str | None = None) -> Task:
+def task_of_model(
+    rows: DataRows,
+    model: Any,
+    word: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Task:
     """Returns the task that rows are for with a model that has its head.
 
     Args:
         rows: the rows.
         model: a transformers model; its config names the classes. One class means a number.
         word: what the user called the task.
+        arguments: those of the task's own trainer, by name.
 
     Raises:
         DataError: the model has another head than the rows need.
     """
     kind = type(model).__name__
-    if word is None and rows.is_classification and model.config.num_labels == 1:
-        word = REGRESSION
+    if word is None and getattr(model.config, "num_labels", None) == 1:
+        if rows.is_classification:
+            word = REGRESSION
+        elif rows.formats == [PREFERENCE] and kind.endswith(Reward.auto.removeprefix("AutoModel")):
+            word = REWARD
     rows = dataclasses.replace(rows, chosen_task=word or rows.task)
-    wanted = getattr(WITH_LABELS.get(rows.task), "auto", "").removeprefix("AutoModel")
+    of_task: Any = (WITH_LABELS | OF_ANSWERS).get(rows.task, Language)
+    head = of_task.auto.removeprefix("AutoModel")
+    wanted = head if head in HEADS else ""
     if wanted != next((head for head in HEADS if kind.endswith(head)), ""):
         raise DataError(f"{rows.name} has format {rows.formats[0]}, which does not suit a {kind}")
-    if not wanted:
-        return task_for(rows, config=model.config)
+    if not wanted or rows.task == REWARD:
+        return task_for(rows, config=model.config, arguments=arguments)
     names = model.config.id2label
     return task_for(rows, [names[number] for number in sorted(names)])

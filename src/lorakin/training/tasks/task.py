@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorakin.training.batches import Row
 from lorakin.training.metrics import METRICS, MetricValue, as_plain
+from lorakin.training.tasks.trainer_kind import TrainerKind
 
 if TYPE_CHECKING:
     from lorakin.training.encoding import Encoded
@@ -36,6 +37,7 @@ class RowAnswers:
         where: each row's place in the data, if it is known.
         numbers: the right and the given answers as the metrics take them, (rows,), (rows, classes)
             or (words,) each; None for a language model.
+        details: what else is known of each row, by name, such as the rewards of two answers.
     """
 
     losses: npt.NDArray[Any]
@@ -44,6 +46,7 @@ class RowAnswers:
     given: list[str] = dataclasses.field(default_factory=list)
     where: list[str] = dataclasses.field(default_factory=list)
     numbers: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+    details: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,11 @@ class Evaluation:
         )
 
     @property
+    def has_winners(self) -> bool:
+        """Whether of each row one of two answers got the higher reward."""
+        return "reward_accuracy" in self.metrics
+
+    @property
     def accuracy(self) -> float | None:
         """The share of right answers, None where a task has none."""
         return self.metrics["accuracy"].value if "accuracy" in self.metrics else None
@@ -115,6 +123,52 @@ class Task(abc.ABC):
     labels: list[str] | None = None
     packs: ClassVar[bool] = False
     """Whether several of its rows can share a sequence."""
+    needs_reference: ClassVar[bool] = False
+    """Whether answers are compared with those of the model as it was before training."""
+
+    @property
+    def takes_template(self) -> bool:
+        """Whether its rows go through the chat template."""
+        return self.labels is None
+
+    @property
+    def note(self) -> str:
+        """What the user should know about it before training; empty if the rows say it all."""
+        return ""
+
+    @property
+    def trainer(self) -> TrainerKind:
+        """The Trainer that trains it."""
+        return TrainerKind()
+
+    def check(self, batch_size: int) -> None:  # noqa: B027
+        """Checks the trainer's arguments before anything is loaded.
+
+        Args:
+            batch_size: rows in a batch.
+
+        Raises:
+            SettingError: they contradict each other, or a package is missing.
+        """
+
+    def check_examples(self, examples: Sequence[Row], name: str) -> None:  # noqa: B027
+        """Checks that there is something to learn of tokenised rows.
+
+        Raises:
+            DataError: there is not.
+        """
+
+    def probed(self, row: Row) -> Row:
+        """Returns what methods look at of a row that measure the data before they start."""
+        return row
+
+    def probe_collator(self, model: Any, tokenizer: Any) -> Collator:
+        """Returns the function that makes a batch of what they look at."""
+        return self.collator(model, tokenizer)
+
+    def texts(self, row: Row, tokenizer: Any) -> dict[str, str]:
+        """Returns the answers in a tokenised row, by name; none where one answer is right."""
+        return {}
 
     @abc.abstractmethod
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:

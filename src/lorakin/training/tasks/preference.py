@@ -1,0 +1,331 @@
+"""Preference tuning by TRL: of two answers the better one becomes likelier (DPO, ORPO)."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from rich.text import Text as RichText
+from torch import Tensor
+
+from lorakin.errors import SettingError
+from lorakin.storage.schema import Check, Positive
+from lorakin.terminal import visible
+from lorakin.training.batches import SIDES, AnswerCollator, Row, answer_loss, texts_of
+from lorakin.training.encoding import Encoded
+from lorakin.training.formats import DPO, ORPO
+from lorakin.training.metrics import figures, mean_interval
+from lorakin.training.pairs import PairEncoder
+from lorakin.training.preference_trainer import QUIET, OwnRows, alone, reference_of
+from lorakin.training.reading import DataRows
+from lorakin.training.tasks.answer_pairs import (
+    Likelihoods,
+    answer_counts,
+    likelihoods,
+    log_probabilities,
+    side_by_side,
+)
+from lorakin.training.tasks.language import Language
+from lorakin.training.tasks.task import Collator, Evaluation, Loss, RowAnswers, Task
+from lorakin.training.tasks.trainer_kind import TrainerKind, checked_arguments, from_trl
+from lorakin.training.token_labels import IGNORED
+
+Array = npt.NDArray[Any]
+Share = Annotated[float, Check("a share in [0, 1]", lambda value: 0 <= value <= 1)]
+Flipped = Annotated[float, Check("a share in [0, 0.5)", lambda value: 0 <= value < 0.5)]
+PairLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairCollator:
+    """Makes batches of texts for a trainer of TRL, and of labelled texts for an evaluation.
+
+    Attributes:
+        answers: makes a batch with labels of texts, with logits at the labels alone.
+        of_batch: makes of a batch with labels what the trainer takes.
+    """
+
+    answers: AnswerCollator
+    of_batch: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        return self.of_batch(AnswerCollator(self.answers.pad, False)(side_by_side(rows)))
+
+
+def with_mask(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a batch in which a mask, instead of labels, says what is learned."""
+    mask = (batch["labels"] != IGNORED).long()
+    return {key: batch[key] for key in ("input_ids", "attention_mask")} | {"completion_mask": mask}
+
+
+def _each_side(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a batch with the tensors of each side by its name, and those of both."""
+    sides = {
+        f"{side}_{key}": part
+        for key, tensor in batch.items()
+        for side, part in zip(SIDES, tensor.chunk(2), strict=True)
+    }
+    # The Trainer counts tokens by these.
+    return sides | {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+
+def chosen_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Returns the loss of answers to imitate, for methods that look at the data before they start.
+
+    It has no label smoothing: the trainer's own loss has none.
+    """
+    return answer_loss(outputs, labels, num_items_in_batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerTask(Task):
+    """What the tasks of TRL's trainers for language models have in common.
+
+    Attributes:
+        arguments: those of TRL's trainer, by name.
+    """
+
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    known: ClassVar[Mapping[str, Any]] = {}
+    """The arguments that a user can give → their types."""
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "arguments", checked_arguments(self.arguments, self.known, self.word)
+        )
+
+    @property
+    @abc.abstractmethod
+    def from_package(self) -> tuple[Any, Any]:
+        """The trainer's class and that of its arguments."""
+
+    @functools.cached_property
+    def settings(self) -> Any:
+        """The trainer's arguments without a run, as TRL checked them.
+
+        Raises:
+            SettingError: they contradict each other.
+        """
+        from lorakin.training.tasks.trl_losses import settings_of
+
+        _, config = self.from_package
+        try:
+            return settings_of(config, "unused", self.arguments)
+        except (ValueError, NotImplementedError) as error:
+            raise SettingError(f"--task {self.word}: {error}") from None
+
+    @property
+    def trainer(self) -> TrainerKind:
+        options = reference_of if self.needs_reference else alone
+        return TrainerKind(*self.from_package, {**self.arguments, **QUIET}, (OwnRows,), options)
+
+    @property
+    def note(self) -> str:
+        loss = getattr(self.settings, "loss_type", None)
+        named = (
+            "" if loss is None else f", loss {loss if isinstance(loss, str) else ' + '.join(loss)}"
+        )
+        return f"{self.word}: beta {self.settings.beta:g}{named}"
+
+    @property
+    def loss(self) -> Loss:
+        return chosen_loss
+
+    def probed(self, row: Row) -> Row:
+        return texts_of(row)[0]
+
+    def probe_collator(self, model: Any, tokenizer: Any) -> Collator:
+        return Language().collator(model, tokenizer)
+
+    def texts(self, row: Row, tokenizer: Any) -> dict[str, str]:
+        return {
+            side: said(text, tokenizer) for side, text in zip(SIDES, texts_of(row), strict=False)
+        }
+
+    def rendered(self, example: Row, tokenizer: Any) -> RichText:
+        parts = []
+        for side, text in zip(SIDES, texts_of(example), strict=False):
+            parts.append(RichText(f"{side}: ", style="bold"))
+            parts.append(Language().rendered(text, tokenizer))
+            parts.append(RichText("\n"))
+        return RichText.assemble(*parts[:-1])
+
+
+def said(text: Row, tokenizer: Any) -> str:
+    """Returns what is learned of a tokenised text, in words."""
+    ids = [n for n, label in zip(text["input_ids"], text["labels"], strict=True) if label >= 0]
+    return visible(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:
+    """Returns what makes a batch of labelled texts for a language model."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return AnswerCollator(pad, "logits_to_keep" in inspect.signature(model.forward).parameters)
+
+
+def judged_pairs(
+    losses: Array, rewards: Array, metrics: Sequence[str], intervals: bool
+) -> Evaluation:
+    """Returns the figures of pairs.
+
+    Args:
+        losses: (rows,).
+        rewards: of the better and of the other answer, (rows, 2).
+        metrics: the names of those that are wanted.
+        intervals: whether to draw the rows again for 95 % intervals.
+    """
+    ones = np.ones(len(losses))
+    chosen, rejected = rewards[:, 0], rewards[:, 1]
+    details = [
+        {
+            "chosen_reward": round(float(one), 6),
+            "rejected_reward": round(float(other), 6),
+            "won": SIDES[0] if one > other else SIDES[1] if one < other else "neither",
+        }
+        for one, other in rewards
+    ]
+    return Evaluation(
+        float(losses.mean()),
+        len(losses),
+        figures(metrics, rejected, chosen, intervals),
+        loss_interval=mean_interval(losses, ones) if intervals else None,
+        answers=RowAnswers(losses, ones, numbers=(rejected, chosen), details=details),
+    )
+
+
+class PairTask(AnswerTask):
+    """A better answer and another one, to the same prompt."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin")
+    of_batch: ClassVar[Callable[[dict[str, Tensor]], dict[str, Tensor]]]
+
+    def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:
+        return PairEncoder(rows, tokenizer, max_length, **options).pairs()
+
+    def collator(self, model: Any, tokenizer: Any) -> Collator:
+        return PairCollator(answer_collator(model, tokenizer), type(self).of_batch)
+
+    def evaluate(
+        self,
+        model: Any,
+        collate: Any,
+        examples: Sequence[Row],
+        batch_size: int,
+        intervals: bool = False,
+    ) -> Evaluation:
+        losses, rewards = self.judge(model, collate.answers, examples, batch_size)
+        return judged_pairs(losses, rewards, self.metrics, intervals)
+
+    @abc.abstractmethod
+    def judge(
+        self, model: Any, collate: AnswerCollator, examples: Sequence[Row], batch_size: int
+    ) -> tuple[Array, Array]:
+        """Returns the losses of pairs, (rows,), and the rewards of both sides, (rows, 2)."""
+
+
+class Dpo(PairTask):
+    """Direct preference optimization, arXiv 2305.18290, and the losses that TRL has beside it."""
+
+    word: ClassVar[str] = DPO
+    of_batch: ClassVar[Any] = staticmethod(with_mask)
+    known: ClassVar[Mapping[str, Any]] = {
+        "beta": Positive,
+        "loss_type": list[PairLoss],
+        "loss_weights": list[float],
+        "label_smoothing": Flipped,
+        "ld_alpha": Share,
+        "f_divergence_type": Divergence,
+        "f_alpha_divergence_coef": float,
+        "use_weighting": bool,
+        "discopop_tau": Positive,
+    }
+
+    @property
+    def from_package(self) -> tuple[Any, Any]:
+        module = from_trl("trl.trainer.dpo_trainer", self.word)
+        return module.DPOTrainer, module.DPOConfig
+
+    def check(self, batch_size: int) -> None:
+        self._check_together()
+        found = Likelihoods(
+            np.full((1, 2, 2), -1.0, np.float32),
+            np.full((1, 2, 2), -1.5, np.float32),
+            np.full((1, 2), 2),
+        )
+        losses, _ = self._losses(found)
+        if not np.isfinite(losses).all():
+            raise SettingError(
+                f"--task {self.word} with {self.arguments} has a loss that is {losses[0]}; "
+                "exo_pair needs a --task-arg label_smoothing above 0"
+            )
+
+    def _check_together(self) -> None:
+        """Checks what TRL checks only where it makes its trainer."""
+        sorted_ones = {"aot", "aot_unpaired"} & set(self.settings.loss_type)
+        of_both = {"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", *sorted_ones}
+        if self.settings.use_weighting and sorted_ones:
+            raise SettingError(f"use_weighting does not go with loss_type {min(sorted_ones)}")
+        kind, others = self.settings.f_divergence_type, of_both & set(self.settings.loss_type)
+        if kind != "reverse_kl" and others:
+            raise SettingError(f"f_divergence_type {kind} does not go with loss_type {min(others)}")
+
+    def judge(
+        self, model: Any, collate: AnswerCollator, examples: Sequence[Row], batch_size: int
+    ) -> tuple[Array, Array]:
+        return self._losses(likelihoods(model, collate, examples, batch_size))
+
+    def _losses(self, found: Likelihoods) -> tuple[Array, Array]:
+        from lorakin.training.tasks.trl_losses import pair_losses
+
+        return pair_losses(self.settings, found)
+
+
+class Orpo(PairTask):
+    """Monolithic preference optimization without a reference, arXiv 2403.07691."""
+
+    word: ClassVar[str] = ORPO
+    of_batch: ClassVar[Any] = staticmethod(_each_side)
+    needs_reference: ClassVar[bool] = False
+    known: ClassVar[Mapping[str, Any]] = {"beta": Positive}
+
+    @property
+    def from_package(self) -> tuple[Any, Any]:
+        module = from_trl("trl.experimental.orpo.orpo_trainer", self.word)
+        return module.ORPOTrainer, module.ORPOConfig
+
+    def judge(
+        self, model: Any, collate: AnswerCollator, examples: Sequence[Row], batch_size: int
+    ) -> tuple[Array, Array]:
+        from lorakin.training.tasks.trl_losses import odds_losses
+
+        logps = log_probabilities(
+            model, collate, [_read_whole(row) for row in examples], batch_size
+        )
+        means, nll = np.zeros((len(examples), 2)), np.zeros(len(examples))
+        for n, row in enumerate(examples):
+            for side, text in enumerate(texts_of(row)):
+                learned = np.array(text["labels"][1:]) != IGNORED
+                means[n, side] = logps[n, side, : len(learned)][learned].mean()
+            length = len(row[SIDES[0]]["input_ids"]) - 1
+            nll[n] = -logps[n, 0, :length].mean()
+        return odds_losses(self.settings, means, nll)
+
+
+def _read_whole(row: Row) -> Row:
+    """Returns a row all of whose tokens are learned: the better answer's loss is over its prompt,
+    too."""
+    return {side: {**row[side], "labels": row[side]["input_ids"]} for side in SIDES}
+
+
+__all__ = ["AnswerTask", "Dpo", "Orpo", "PairTask", "answer_counts"]

@@ -161,8 +161,12 @@ def are_one(member: str, engine: str, base: str, together: Path) -> None:
     assert (two / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
 
 
+STREAM = "--streaming --packing --max-length 32"
+
+
+@pytest.mark.parametrize("more", ["", *([STREAM, "--group-by-length"] if soak.is_slow() else [])])
 def test_the_command_in_two_processes(
-    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Any, tmp_path: Path
+    more: str, model_dir: str, chat_rows: list[dict[str, str]], write_rows: Any, tmp_path: Path
 ) -> None:
     data, held = (
         write_rows((chat_rows * 4)[:32], "train.jsonl"),
@@ -172,7 +176,7 @@ def test_the_command_in_two_processes(
         f"train --model {model_dir} --data {data} --eval-data {held} --method lora-drop,dora "
         "--set keep=5"
     ).split()
-    words += "--steps 6 --save-every 2 --lr 1e-2 --dtype float32".split()
+    words += f"--steps 6 --save-every 2 --lr 1e-2 --dtype float32 {more}".split()
     one = subprocess.run(
         [
             sys.executable,

@@ -39,11 +39,8 @@ def show_run(run: PreparedRun) -> None:
     """Shows what will be trained on what, with one example and where its loss is taken."""
     recipe, console = run.recipe, run.console
     console.print(labelled("model  ", _model_line(run)))
-    figures = EpochFigures.of(run.epoch, recipe)
-    if run.stream is not None:
-        figures = dataclasses.replace(figures, of_sources=None)
-    for line in figures.lines():
-        console.print(labelled("epoch  " if run.stream is None else "sample ", line))
+    if recipe.packing or recipe.group_by_length or recipe.data_weights:
+        _show_epoch(run)
     if run.task.note:
         console.print(labelled("task   ", _task_line(run)))
     gpus = torch.cuda.device_count()
@@ -65,6 +62,14 @@ def show_run(run: PreparedRun) -> None:
     what = " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"
     console.print(labelled("one example", what))
     console.print(run.task.rendered(run.train.examples[0], run.loaded.tokenizer))
+
+
+def _show_epoch(run: PreparedRun) -> None:
+    figures, name = EpochFigures.of(run.epoch, run.recipe), "epoch  "
+    if run.stream is not None:
+        figures, name = dataclasses.replace(figures, of_sources=None), "sample "
+    for line in figures.lines():
+        run.console.print(labelled(name, line))
 
 
 def _task_line(run: PreparedRun) -> str:

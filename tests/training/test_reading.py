@@ -235,6 +235,18 @@ def test_several_files_of_several_formats(write_rows: Write) -> None:
         read_rows([one, labelled])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", '{"text": "a"}\nnot JSON\n'), ("a.csv", "a,b\n1,2\n3\n")],
+)
+def test_what_cannot_be_read_is_named_with_its_file(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(lk.DataError, match=rf"{name}.* (line|row) 2"):
+        read_rows(str(tmp_path / name))
+
+
 def test_names_of_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 

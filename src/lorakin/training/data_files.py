@@ -77,8 +77,9 @@ def opened(name: str, streaming: bool = False) -> Iterator[Opened]:
                 yield reader(file)  # type: ignore[misc]
         else:
             yield _hub(name, streaming)
-    except DataError:
-        raise
+    except DataError as error:
+        said = str(error)
+        raise DataError(said if str(path) in said else f"data {name!r}: {said}") from None
     except Exception as error:  # parsers of files, and the hub's client, raise whatever they like
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"data {name!r} cannot be read: {reason[0]}") from error

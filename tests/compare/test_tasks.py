@@ -155,3 +155,29 @@ def test_a_task_of_glue_brings_its_metric(tmp_path: Path) -> None:
 
     assert of().metric == "matthews"
     assert of(metric="f1").metric == "f1"
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+def test_pairs_of_answers(task: str, model_dir: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{WORDS[n % 9]} {WORDS[n % 25]}", "chosen": WORDS[n % 7], "rejected": "no bad"}
+        for n in range(120)
+    ]
+    out = tmp_path / "out"
+    data = written(tmp_path / "rows.jsonl", rows)
+    found = result_of(arguments(model_dir, data, out, **SMALL, seeds="1", task=task))
+    assert found["measure"] == "reward_accuracy"
+    done = rows_of(out)
+    assert not [row for row in done if row.status in (FAILED, REFUSED)]
+    by_arm = {arm["arm"]: arm for arm in found["arms"]}
+    assert "constant" not in by_arm
+    assert ("head" in by_arm) == (task == "reward")
+    if task == "dpo":
+        base = next(row for row in done if row.trial.arm == "base")
+        assert base.report is not None
+        assert (base.report["reward_accuracy"], base.report["reward_margin"]) == (0.5, 0.0)
+    kept = next(row for row in done if row.trial.arm == "lora-fa")
+    adapter, report = (out / directory.TRIALS / kept.trial.name, out / directory.DATA)
+    again = evaluate_rows(model_dir, str(adapter), str(report / "report.jsonl"), dtype="float32")
+    assert kept.report is not None
+    assert again.loss == pytest.approx(kept.report["loss"], rel=1e-4)

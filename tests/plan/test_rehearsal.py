@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lorakin.family import FAMILY, Member, method_named
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.few_layers import rehearse
 from lorakin.plan.meta_model import with_assumed_importance
-from lorakin.plan.rehearsal import FORWARD, SETUP, STEP, RehearsedRun, _loss, rehearse_whole
+from lorakin.plan.rehearsal import FORWARD, SETUP, STEP, RehearsedRun, rehearse_whole
 from lorakin.plan.traced import Traced
 from plan.small import MACHINE, conditions, small
 
@@ -38,9 +37,7 @@ def test_tensors_without_numbers_take_what_real_ones_take(kind: type[Member]) ->
     batch = {key: t for key, t in rows.items() if key != "attention_mask"}
     known = with_assumed_importance(model, method)
     varied = {**batch, "input_ids": torch.randint(128, batch["input_ids"].shape)}
-    data = (
-        {} if known.measured_member is None else {"probe": [varied], "loss": partial(_loss, task)}
-    )
+    data = {} if known.measured_member is None else {"probe": [varied], "loss": task.step_loss}
     with Traced(MACHINE, real=True) as traced:
         traced.see(model.parameters(), "weights")
         traced.see(model.buffers(), "weights")

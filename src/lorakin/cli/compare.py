@@ -58,8 +58,9 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)]
 
 @recipe_options(
     "targets", "rank_above", "batch_size", "accumulate", "max_length", "loss_on", "columns",
-    "format", "task", "max_rows", "packing", "group_by_length", "chat_template", "template_args",
-    "schedule", "schedule_args", "gradient_checkpointing", "fuse", "dtype", "quantize",
+    "format", "task", "task_args", "max_rows", "packing", "group_by_length", "chat_template",
+    "template_args", "schedule", "schedule_args", "gradient_checkpointing", "fuse", "dtype",
+    "quantize",
 )  # fmt: skip
 def command(
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)],

@@ -27,13 +27,17 @@ CONSTANT = Arm(
 MOST_SETS = 50
 """The most sets of classes that are tried as the constant answer of several classes."""
 
+REWARDS = "reward_accuracy"
+"""What the tasks report that compare answers: their numbers are rewards, of which none is right."""
+
 Array = npt.NDArray[Any]
 
 
 def constant_row(rows: Sequence[ResultRow], measure: str) -> ResultRow | None:
     """Returns the best constant answer to the report rows, as the row of a trial.
 
-    None: the task has no answers to give, as a language model's, or no run kept its answers.
+    None: the task has no answers to give, as a language model's or where two answers are compared,
+    or no run kept its answers.
 
     Args:
         rows: the results of a comparison.
@@ -42,6 +46,8 @@ def constant_row(rows: Sequence[ResultRow], measure: str) -> ResultRow | None:
     known = (row for row in rows if row.answers and row.answers.is_whole and row.answers.right)
     row = next(known, None)
     if row is None or row.answers is None or row.report is None:
+        return None
+    if REWARDS in row.report:
         return None
     name = measure if measure in METRICS else _first_metric(row.report)
     if name is None:

@@ -19,7 +19,6 @@ from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.results import Results
 from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method
-from lorakin.family.settings import require
 from lorakin.inject.heads import head_of
 from lorakin.inject.layer_numbers import parse_layers
 from lorakin.plan.meta_model import meta_model_of, trainable_parameters, with_assumed_importance
@@ -34,7 +33,7 @@ from lorakin.training.models import config_of, load_tokenizer
 from lorakin.training.precision import quantisation, resolve_dtype
 from lorakin.training.prepare import check_meant
 from lorakin.training.reading import DataRows
-from lorakin.training.tasks import OF_ANSWERS, kind_of_task
+from lorakin.training.tasks import OF_ANSWERS, kind_of_task, task_for
 
 ENDLESS = 10**6
 """The number of steps of a run whose budget is in minutes, before anything is timed."""
@@ -80,7 +79,6 @@ def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
 
 
 def _check_metric(comparison: Comparison, task: str) -> None:
-    require(task not in OF_ANSWERS, f"--task {task} cannot be compared yet; train each by itself")
     check_metric(comparison.metric, kind_of_task(task).metrics, task)
 
 
@@ -122,10 +120,18 @@ def _keep_learnable(comparison: Comparison) -> Callable[[DataRows], DataRows]:
         _check_metric(comparison, rows.task)
         if recipe.packing:
             packing.check_task(kind_of_task(rows.task, config_of(comparison.model)))
+        task = task_for(rows, None, config_of(comparison.model), recipe.task_args)
+        task.check(recipe.batch_size)
         if rows.has_labels:
             check_meant(recipe, rows)
             return rows
         use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
+        if rows.task in OF_ANSWERS:
+            encoded = task.encode(rows, tokenizer, recipe.max_length, loss_on=recipe.loss_on)
+            task.check_examples(encoded.examples, rows.name)
+            learned = set(encoded.where)
+            kept = [record for record in rows.records if record.where in learned]
+            return dataclasses.replace(rows, records=kept)
         return with_answers(rows, tokenizer, recipe.max_length, recipe.loss_on)
 
     return keep_learnable

@@ -18,9 +18,10 @@ from lorakin.training.formats import (
     LANGUAGE,
     MULTI_LABEL,
     REGRESSION,
+    REWARD,
     TOKEN_CLASSIFICATION,
 )
-from lorakin.training.reading import DataRows, read_rows
+from lorakin.training.reading import ANSWERS, DataRows, read_rows, tasks_of
 from lorakin.training.records import Record
 
 TRAIN, TUNE, REPORT = "train.jsonl", "tune.jsonl", "report.jsonl"
@@ -92,10 +93,10 @@ def split_into(
     """
     rows = read_rows(name, columns, format_name, task, most)
     kept = keep_learnable(rows)
-    labels = rows.labels() if rows.has_labels else None
+    labels = rows.labels() if rows.has_labels else [REWARD] if rows.task == REWARD else None
     report = []
     if eval_name is not None:
-        word = rows.task if rows.has_labels else None
+        word = None if rows.task in ANSWERS else rows.task
         given = read_rows(eval_name, columns, format_name, word)
         report = _report_rows(given, rows, eval_name, name, keep_learnable)
 
@@ -146,8 +147,7 @@ def _report_rows(
     keep_learnable: Callable[[DataRows], DataRows],
 ) -> list[dict[str, Any]]:
     """Returns the rows of --eval-data, if they are enough and of the same kind as the others."""
-    kinds = [(part.has_labels, part.is_classification) for part in (given, rows)]
-    if kinds[0] != kinds[1]:
+    if tasks_of(given.formats[0]) != tasks_of(rows.formats[0]):
         raise DataError(
             f"{eval_name} has format {given.formats[0]}, but {name} has {rows.formats[0]}"
         )

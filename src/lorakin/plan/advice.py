@@ -259,13 +259,14 @@ def conditions_of(
     require(labels is None or labels >= 1, f"labels must be at least 1, not {labels}")
     require(device in (None, "cpu", "cuda"), f"device must be cpu or cuda, not {device!r}")
 
-    classes = None if labels is None else [str(number) for number in range(labels)]
-    config = config_of(model, classes)
     task, _ = task_and_metric(task, None, [])
-    learned = planned_task(task, labels, config)
+    learned = planned_task(task, labels, config_of(model))
+    config = config_of(model, learned.labels)
     if others.get("packing"):
         packing.check_task(learned)
-    chosen = DTYPES.get(resolve_dtype(dtype, labels is not None), config.dtype or torch.float32)
+    chosen = DTYPES.get(
+        resolve_dtype(dtype, learned.labels is not None), config.dtype or torch.float32
+    )
     return Conditions(
         config=config,
         dtype=chosen,

@@ -69,11 +69,14 @@ class Conditions:
         Raises:
             ModelError: the config belongs to another kind of model.
         """
-        return meta_model(self.config, self.dtype, auto=self.learned.auto)
+        model = meta_model(self.config, self.dtype, auto=self.learned.auto)
+        if self.learned.labels is not None and model.config.pad_token_id is None:
+            model.config.pad_token_id = 0  # as training takes the tokenizer's
+        return model
 
     def adapt_arguments(self, model: Any) -> dict[str, Any]:
         """Returns the arguments of `lorakin.adapt` that choose modules; a new head trains whole."""
-        whole = self.modules_to_save or (head_of(model) if self.labels is not None else [])
+        whole = self.modules_to_save or (head_of(model) if self.learned.labels is not None else [])
         return {
             "targets": self.targets,
             "exclude": self.exclude,

@@ -116,7 +116,7 @@ def frozen_seconds_whole(conditions: Conditions, machine: Machine) -> float:
         model.requires_grad_(False)
         model.enable_input_require_grads()
         with traced.phase(FORWARD, makes="activations"):
-            torch.autograd.backward(_loss(task, model, _as_given(rows, conditions, model, fake)))
+            torch.autograd.backward(task.step_loss(model, _as_given(rows, conditions, model, fake)))
         return float(traced.seconds[FORWARD])
 
 
@@ -211,7 +211,7 @@ class RehearsedRun:
         if self.accumulates:
             self._begin_gradients(FORWARD)
         with self.traced.phase(FORWARD, makes="activations"):
-            loss = _loss(self.task, self.model, self.batch)
+            loss = self.task.step_loss(self.model, self.batch)
             torch.autograd.backward(loss)
             del loss
         self.optimize(number)
@@ -244,7 +244,7 @@ class RehearsedRun:
         """Runs the model on a batch of held-out rows."""
         self.model.eval()
         with self.traced.phase(EVALUATION, makes="activations"):
-            _loss(self.task, self.model, self.batch)
+            self.task.evaluation_loss(self.model, self.batch)
 
 
 def _prepare_model(model: Any, conditions: Conditions, traced: Traced) -> None:
@@ -285,9 +285,3 @@ def _as_given(
         # Where tensors have data, transformers sees that nothing is padded and drops the mask.
         batch.pop("attention_mask", None)
     return batch
-
-
-def _loss(task: Task, model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Returns the loss of a batch as the Trainer takes it."""
-    inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
-    return task.loss(model(**inputs), batch["labels"], None)

@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 from torch import nn
 
-from lorakin.errors import SettingError
+from lorakin.family.settings import require
+from lorakin.training import processes
 from lorakin.training.reference_adapter import reference_view
 
 QUIET: Mapping[str, Any] = {
@@ -75,17 +76,17 @@ def reference_of(model: nn.Module) -> dict[str, Any]:
     return {"ref_model": reference_view(model)}
 
 
-def check_processes(sharded: bool, task: str) -> None:
-    """Checks that the model is whole in each process, since the reference is a view of it.
+def check_unsharded(task: str) -> None:
+    """Checks that each process holds the whole model, since the reference is a view of it.
 
     Raises:
         SettingError: it is sharded.
     """
-    if sharded:
-        raise SettingError(
-            f"--task {task} compares with the same model without its adapter, which FSDP and "
-            "DeepSpeed cannot do; leave --fsdp and --zero out, or use --task orpo"
-        )
+    require(
+        not processes.shard(),
+        f"--task {task} compares with the same model without its adapter, which is not done under "
+        "FSDP or DeepSpeed: leave --fsdp and --zero out, or take --task orpo",
+    )
 
 
 @contextlib.contextmanager

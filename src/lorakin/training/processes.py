@@ -18,6 +18,11 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
+def shard() -> bool:
+    """Returns whether the processes hold parts of the model, as their launcher says."""
+    return any(os.environ.get(f"ACCELERATE_USE_{how}") == "true" for how in ("FSDP", "DEEPSPEED"))
+
+
 def joined() -> Any:
     """Returns Accelerate's state of this process; the first call lets the processes connect."""
     from accelerate import PartialState

@@ -106,7 +106,6 @@ def planned_task(word: str | None, labels: int | None, config: Any) -> Task:
     told = LANGUAGE if labels is None else REGRESSION if labels == 1 else CLASSIFICATION
     kind: Any = kind_of_task(word or told, config)
     names = [str(number) for number in range(labels or 0)]
-    require(kind.word not in OF_ANSWERS, f"--task {kind.word} cannot be planned yet")
     if kind.word not in WITH_LABELS:
         require(labels is None, f"--task {kind.word} has no classes, so leave --labels out")
         task: Task = kind()

@@ -82,7 +82,13 @@ class Kto(AnswerTask):
     def trainer(self) -> TrainerKind:
         return dataclasses.replace(super().trainer, order="sequential")
 
+    def step_loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        from lorakin.training.tasks.answer_rehearsal import verdict_step
+
+        return verdict_step(model, batch)
+
     def check(self, batch_size: int) -> None:
+        super().check(batch_size)
         if not self.settings.desirable_weight + self.settings.undesirable_weight:
             raise SettingError("desirable_weight and undesirable_weight are both 0: nothing learns")
         if batch_size < 2 and self.settings.loss_type == WITH_KL:

@@ -22,7 +22,13 @@ from lorakin.training.encoding import Encoded
 from lorakin.training.formats import DPO, ORPO
 from lorakin.training.metrics import figures, mean_interval
 from lorakin.training.pairs import PairEncoder
-from lorakin.training.preference_trainer import QUIET, OwnRows, alone, reference_of
+from lorakin.training.preference_trainer import (
+    QUIET,
+    OwnRows,
+    alone,
+    check_unsharded,
+    reference_of,
+)
 from lorakin.training.reading import DataRows
 from lorakin.training.tasks.answer_pairs import (
     Likelihoods,
@@ -99,6 +105,8 @@ class AnswerTask(Task):
     known: ClassVar[Mapping[str, Any]] = {}
     """The arguments that a user can give → their types."""
     needs_reference: ClassVar[bool] = True
+    sides: ClassVar[int] = 1
+    """How many texts a row has."""
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -130,6 +138,10 @@ class AnswerTask(Task):
         options = reference_of if self.needs_reference else alone
         return TrainerKind(*self.from_package, {**self.arguments, **QUIET}, (OwnRows,), options)
 
+    def check(self, batch_size: int) -> None:
+        if self.needs_reference:
+            check_unsharded(self.word)
+
     @property
     def note(self) -> str:
         loss = getattr(self.settings, "loss_type", None)
@@ -141,6 +153,18 @@ class AnswerTask(Task):
     @property
     def loss(self) -> Loss:
         return chosen_loss
+
+    def full_batch(self, rows: int, length: int) -> dict[str, Tensor]:
+        from lorakin.training.tasks.answer_rehearsal import full_texts
+
+        return full_texts(self.sides * rows, length)
+
+    def evaluation_loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        # As many texts at a time as a language model's rows.
+        texts = max(self.sides, len(batch["input_ids"]) // self.sides)
+        part = {key: tensor[:texts] for key, tensor in batch.items()}
+        labels = part.pop("labels")
+        return chosen_loss(model(**part), labels)
 
     def probed(self, row: Row) -> Row:
         return texts_of(row)[0]
@@ -208,6 +232,7 @@ class PairTask(AnswerTask):
     """A better answer and another one, to the same prompt."""
 
     metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin")
+    sides: ClassVar[int] = 2
     of_batch: ClassVar[Callable[[dict[str, Tensor]], dict[str, Tensor]]]
 
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:
@@ -256,7 +281,13 @@ class Dpo(PairTask):
         module = from_trl("trl.trainer.dpo_trainer", self.word)
         return module.DPOTrainer, module.DPOConfig
 
+    def step_loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        from lorakin.training.tasks.answer_rehearsal import pair_step
+
+        return pair_step(model, batch)
+
     def check(self, batch_size: int) -> None:
+        super().check(batch_size)
         self._check_together()
         found = Likelihoods(
             np.full((1, 2, 2), -1.0, np.float32),
@@ -303,6 +334,11 @@ class Orpo(PairTask):
     def from_package(self) -> tuple[Any, Any]:
         module = from_trl("trl.experimental.orpo.orpo_trainer", self.word)
         return module.ORPOTrainer, module.ORPOConfig
+
+    def step_loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        from lorakin.training.tasks.answer_rehearsal import odds_step
+
+        return odds_step(model, batch)
 
     def judge(
         self, model: Any, collate: AnswerCollator, examples: Sequence[Row], batch_size: int

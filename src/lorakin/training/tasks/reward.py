@@ -80,6 +80,10 @@ class Reward(Task):
     def loss(self) -> Loss:
         return _mean_loss
 
+    def full_batch(self, rows: int, length: int) -> dict[str, Tensor]:
+        ids = torch.ones(2 * rows, length, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": ids}
+
     def evaluate(
         self,
         model: Any,

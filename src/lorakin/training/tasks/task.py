@@ -192,6 +192,15 @@ class Task(abc.ABC):
         ids = torch.ones(rows, length, dtype=torch.long)
         return {"input_ids": ids, "attention_mask": ids, "labels": self.full_labels(rows, length)}
 
+    def step_loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Returns the loss of a batch of `full_batch` as its Trainer takes it: what `plan` runs."""
+        inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
+        return self.loss(model(**inputs), batch.get("labels"), None)  # type: ignore[arg-type]
+
+    def evaluation_loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Returns the loss of such a batch as an evaluation takes it."""
+        return self.step_loss(model, batch)
+
     def full_labels(self, rows: int, length: int) -> Tensor:
         """Returns the labels of `full_batch`: by default one for each token, (rows, length)."""
         return torch.zeros(rows, length, dtype=torch.long)

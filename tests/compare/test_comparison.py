@@ -319,6 +319,14 @@ def test_bad_input_is_told_before_anything_runs(
     assert not (tmp_path / "out" / directory.RESULTS).exists()
 
 
+def test_classes_are_not_packed(bert_dir: str, tmp_path: Path, capsys: Any) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"text": "the cat {n}", "label": {n % 2}}}\n' for n in range(99)))
+    assert cli([*arguments(bert_dir, data, tmp_path / "out"), "--packing"]) == 2
+    assert "--packing" in capsys.readouterr().err
+    assert not (tmp_path / "out" / directory.RESULTS).exists()
+
+
 def test_a_directory_of_something_else_is_left_alone(
     model_dir: str, tmp_path: Path, capsys: Any
 ) -> None:

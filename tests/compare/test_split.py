@@ -45,6 +45,14 @@ def test_the_parts_are_all_rows_and_share_none(
     assert read(tmp_path / "again") == there
 
 
+def test_of_a_long_file_the_first_rows(tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    split_into(tmp_path / "data", write_rows(rows(500)), None, 8, every, most=200)
+    there = read(tmp_path / "data")
+    assert sorted(line for lines in there.values() for line in lines) == sorted(
+        json.dumps(row) for row in rows(200)
+    )
+
+
 def test_what_is_there_twice_is_taken_once(tmp_path: Path, write_rows: Callable[..., str]) -> None:
     parts = split_into(tmp_path / "data", write_rows(rows(100) + rows(60)), None, 8, every)
     assert "60" in parts.left_out

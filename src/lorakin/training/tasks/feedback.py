@@ -20,7 +20,7 @@ from lorakin.training.metrics import figures, mean_interval
 from lorakin.training.pairs import ROOM, PairEncoder, prompt_length
 from lorakin.training.reading import DataRows
 from lorakin.training.tasks.answer_pairs import likelihoods
-from lorakin.training.tasks.preference import AnswerTask, answer_collator, said, with_mask
+from lorakin.training.tasks.answer_task import AnswerTask, answer_collator, said, with_mask
 from lorakin.training.tasks.task import Collator, Evaluation, RowAnswers
 from lorakin.training.tasks.trainer_kind import TrainerKind, from_trl
 

@@ -22,8 +22,9 @@ from lorakin.training.pairs import PairEncoder
 from lorakin.training.preference_trainer import QUIET, OwnRows, alone
 from lorakin.training.reading import DataRows
 from lorakin.training.tasks.answer_pairs import side_by_side
+from lorakin.training.tasks.answer_task import said
 from lorakin.training.tasks.by_row import results_by_row
-from lorakin.training.tasks.preference import judged_pairs, said
+from lorakin.training.tasks.preference import judged_pairs
 from lorakin.training.tasks.task import Collator, Evaluation, Loss, Task
 from lorakin.training.tasks.trainer_kind import TrainerKind, checked_arguments, from_trl
 

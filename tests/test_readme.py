@@ -48,8 +48,10 @@ def test_the_commands_run(
         {"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(64)
     ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{**row, "chosen": row.pop("completion"), "rejected": "No."} for row in rows]
+    Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     lines = commands("lorakin")
-    assert len(lines) == 18
+    assert len(lines) == 19
     monkeypatch.setattr(
         "sys.stdin", io.StringIO("What is 1 plus 1?\n/base\n/compare\n")
     )  # for chat

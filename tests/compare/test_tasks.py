@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
+import soak
 from compare.test_comparison import arguments, result_of, rows_of
 from conftest import WORDS
 from lorakin.cli.app import run as cli
@@ -157,7 +158,7 @@ def test_a_task_of_glue_brings_its_metric(tmp_path: Path) -> None:
     assert of(metric="f1").metric == "f1"
 
 
-@pytest.mark.parametrize("task", ["dpo", "reward"])
+@pytest.mark.parametrize("task", ["reward", "dpo"] if soak.is_slow() else ["dpo"])
 def test_pairs_of_answers(task: str, model_dir: str, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"{WORDS[n % 9]} {WORDS[n % 25]}", "chosen": WORDS[n % 7], "rejected": "no bad"}

@@ -10,7 +10,6 @@ import transformers
 
 import lorakin as lk
 from lorakin.family import method_named
-from lorakin.plan.advice import advise
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.rehearsal import EVALUATION, FORWARD, SETUP, STEP, RehearsedRun, rehearse_whole
 from lorakin.plan.traced import Traced
@@ -58,16 +57,6 @@ def test_pairs_take_twice_the_rows_and_an_evaluation_as_many_texts() -> None:
     assert pairs[EVALUATION] == pytest.approx(texts[EVALUATION], rel=0.05)
 
 
-def test_a_plan_names_the_task(model_dir: str) -> None:
-    common: dict[str, Any] = {
-        "batch_size": 1, "accumulate": 1, "gradient_checkpointing": False, "fuse": False,
-        "dtype": "float32", "quantize": None, "targets": ["all-linear"], "exclude": [],
-        "layers": None, "modules_to_save": [], "rank_above": "refuse",
-    }  # fmt: skip
-    advice = advise(
-        model_dir, ["lora"], 8, None, labels=None, task="reward", max_length=32, steps=10,
-        device="cpu", memory="8GB", **common,
-    )  # fmt: skip
-    assert "reward" in advice.headline
+def test_pairs_have_no_classes() -> None:
     with pytest.raises(lk.SettingError):
         Conditions(small(), torch.float32, labels=3, task="dpo").model()

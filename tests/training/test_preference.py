@@ -27,6 +27,7 @@ from lorakin.training.paired import paired
 from lorakin.training.prepare import prepare
 from lorakin.training.preview import preview
 from lorakin.training.recipe import Recipe
+from lorakin.training.reference_adapter import reference_view
 from lorakin.training.run import PreparedRun, Result
 from lorakin.training.train import train
 from training.twins import losses_of
@@ -108,6 +109,17 @@ def losses_by_trl(twin: PreparedRun, rows: list[Row], folder: Path, ref: Any = N
     )  # fmt: skip
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+class StopAt(transformers.TrainerCallback):
+    """Interrupts a run once it has saved a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def base_of(model_dir: str) -> Any:
@@ -257,19 +269,33 @@ def test_a_run_resumes_to_the_bit(
     whole, _ = run_of(recipe_for(model_dir, data, tmp_path / "a", **settings))
     recipe = recipe_for(model_dir, data, tmp_path / "b", **settings)
 
-    class Stop(transformers.TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 4:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(prepare(recipe, Terminal(quiet=True)), callbacks=[Stop()])
+        train(prepare(recipe, Terminal(quiet=True)), callbacks=[StopAt(4)])
     resumed = prepare(recipe, Terminal(quiet=True), resume=True)
     assert resumed.checkpoint is not None
     train(resumed)
     for ours, theirs in zip(resumed.adapter.parameters(), whole.adapter.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+
+
+def test_a_run_from_an_adapter_resumes_to_the_bit(
+    model_dir: str, write_rows: Write, tmp_path: Path
+) -> None:
+    data = write_rows(pairs())
+    run_of(recipe_for(model_dir, data, tmp_path / "first", task="orpo", lr=1e-3))
+    later: Row = {
+        "adapter": str(tmp_path / "first"), "targets": ["all-linear"], "rank": None,
+        "save_every": 2,
+    }  # fmt: skip
+    whole, _ = run_of(recipe_for(model_dir, data, tmp_path / "a", **later))
+    recipe = recipe_for(model_dir, data, tmp_path / "b", **later)
+    with pytest.raises(KeyboardInterrupt):
+        train(prepare(recipe, Terminal(quiet=True)), callbacks=[StopAt(4)])
+    resumed = prepare(recipe, Terminal(quiet=True), resume=True)
+    train(resumed)
+    for ours, theirs in zip(resumed.adapter.parameters(), whole.adapter.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("task", ["dpo", "orpo", "kto", "reward"])
@@ -302,6 +328,31 @@ def test_an_adapter_to_start_from_is_the_reference(
     assert losses_of(tmp_path / "a") == pytest.approx(theirs, rel=1e-4)
     assert not (tmp_path / "a" / "reference").exists()
     assert set(lk.adapters(run.loaded.model)) == {"default", "reference"}
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["base", "adapter"])
+def test_the_reference_has_no_dropout(
+    start: bool, model_dir: str, write_rows: Write, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    data = write_rows(pairs())
+    first = recipe_for(model_dir, data, tmp_path / "a", dropout=0.5)
+    run_of(first)
+    if start:
+        later = {"adapter": first.out, "targets": ["all-linear"], "rank": None}
+        run = prepare(recipe_for(model_dir, data, tmp_path / "b", **later), Terminal(quiet=True))
+    else:
+        run = prepare(
+            recipe_for(model_dir, data, tmp_path / "b", dropout=0.5), Terminal(quiet=True)
+        )
+    view = reference_view(run.loaded.model)
+    run.loaded.model.train()
+    base = base_of(model_dir).eval()
+    if start:
+        base = peft.PeftModel.from_pretrained(base, first.out).eval()
+    with torch.no_grad():
+        ids = ids.clamp(max=40)
+        torch.testing.assert_close(view(ids).logits, base(ids).logits)
+    assert run.loaded.model.training
 
 
 def test_an_adapter_on_the_head_learns(model_dir: str, write_rows: Write, tmp_path: Path) -> None:

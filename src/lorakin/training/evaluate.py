@@ -11,7 +11,7 @@ from lorakin.errors import DataError
 from lorakin.family.settings import require
 from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.chat_templates import use_template
-from lorakin.training.formats import PREFERENCE, REWARD
+from lorakin.training.formats import FEEDBACK, PREFERENCE, REWARD
 from lorakin.training.generation_settings import nan_error
 from lorakin.training.glue import task_and_metric
 from lorakin.training.limits import check_rows, position_count, row_length, warn_cut
@@ -91,8 +91,7 @@ def evaluate_rows(
             f"--generate compares answers in words with the right ones, and {rows.name} has format "
             f"{rows.formats[0]}"
         )
-    if task is None and rows.formats[0] == PREFERENCE:
-        task, task_args = as_trained(adapter, task_args)
+    task, task_args = as_trained(adapter, rows.formats[0], task, task_args)
     loaded = _loaded_for(rows, model, adapter, dtype, other_base, quantize)
     tokenizer = loaded.tokenizer
     length = row_length(position_count(loaded.model), max_length)
@@ -127,17 +126,20 @@ def evaluate_rows(
 
 
 def as_trained(
-    adapter: str | None, arguments: Mapping[str, Any] | None
+    adapter: str | None,
+    layout: str,
+    task: str | None,
+    arguments: Mapping[str, Any] | None,
 ) -> tuple[str | None, Mapping[str, Any] | None]:
-    """Returns the task of two answers that an adapter was trained for, and its arguments.
+    """Returns the task of rows that compare answers, and its arguments, as an adapter learned it.
 
-    They stand in the recipe beside it; arguments that the user gives come first.
+    They stand in the recipe beside it; what the user gives comes first.
     """
-    recipe = recipe_beside(adapter)
-    task = recipe.get("task")
-    if task not in KINDS[PREFERENCE]:
-        return None, arguments
-    return str(task), {**(recipe.get("task_args") or {}), **(arguments or {})}
+    recipe = recipe_beside(adapter) if layout in (PREFERENCE, FEEDBACK) else {}
+    learned = recipe.get("task")
+    if learned not in KINDS.get(layout, ()) or task not in (None, learned):
+        return task, arguments
+    return str(learned), {**(recipe.get("task_args") or {}), **(arguments or {})}
 
 
 def _loaded_for(

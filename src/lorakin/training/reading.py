@@ -13,10 +13,7 @@ from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.training import data_files, formats
-from lorakin.training.contents import (
-    Labelled,
-    unpacked,
-)
+from lorakin.training.contents import Judged, Labelled, unpacked
 from lorakin.training.formats import (
     CLASSIFICATION,
     DPO,
@@ -303,6 +300,9 @@ def summary(rows: DataRows) -> str:
     if rows.task == REGRESSION:
         numbers = [record.number_label() for record in rows.records]
         line += f", a number from {min(numbers):g} to {max(numbers):g}"
+    elif rows.formats == [FEEDBACK]:
+        good = sum(isinstance(r.content, Judged) and r.content.is_good for r in rows.records)
+        line += f": good × {good:,}, bad × {len(rows) - good:,}"
     elif rows.is_classification:
         named = (
             record.label_set() if rows.task == MULTI_LABEL else [record.label()]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakin.inject.module_mode import in_mode
 from lorakin.inject.reference import reference
 from lorakin.switching import activate, adapters
 
@@ -37,17 +38,19 @@ def as_reference(model: nn.Module) -> Iterator[None]:
 
 
 def reference_view(model: nn.Module) -> Any:
-    """Returns another object with the same parameters that answers as the reference does."""
+    """Returns another object with the same parameters that answers as the reference does.
+
+    It is in eval mode when it is called: without dropout and without noise on the embeddings.
+    """
     view: Any = reference(model)
-    if REFERENCE in adapters(model):
-        view.__class__ = type("StartingReference", (_Starting, type(view)), {})
+    view.__class__ = type("ReferenceView", (_AsReference, type(view)), {})
     return view
 
 
-class _Starting:
-    """Mixed in before a `Reference`: keeps the adapter that the run began with."""
+class _AsReference:
+    """Mixed in before a `Reference`: in eval mode, with the adapter that the run began with."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = vars(self)["_adapted"]
-        with as_reference(model):
+        with as_reference(model), in_mode(model, training=False):
             return nn.Module.__call__(self, *args, **kwargs)

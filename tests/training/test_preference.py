@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,18 @@ def test_what_does_not_fit_is_refused_before_the_run(
     with pytest.raises(error):
         prepare(recipe_for(model_dir, write_rows(pairs()), out, **changes), Terminal(quiet=True))
     assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize("task", ["dpo", "orpo", "kto", "reward"])
+def test_a_missing_package_is_named(
+    task: str, model_dir: str, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trainer in (*BY_TRL, "orpo"):
+        monkeypatch.setitem(sys.modules, f"trl.trainer.{trainer}_trainer", None)
+    monkeypatch.setitem(sys.modules, "trl.experimental.orpo.orpo_trainer", None)
+    recipe = recipe_for(model_dir, write_rows(pairs()), tmp_path / "a", task=task)
+    with pytest.raises(lk.SettingError, match="pip install"):
+        prepare(recipe, Terminal(quiet=True))
 
 
 def test_answers_of_one_verdict_are_refused(

@@ -508,7 +508,7 @@ def test_a_disk_that_fills_up_is_told_with_what_is_left(
     message: str, whole: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe.steps, recipe.save_every = 4, 2
-    save, calls = run_trainer.AdapterTrainer._save_optimizer_and_scheduler, []
+    save, calls = run_trainer.RunTraining._save_optimizer_and_scheduler, []
 
     def fails(self: Any, folder: str) -> None:
         calls.append(folder)
@@ -516,7 +516,7 @@ def test_a_disk_that_fills_up_is_told_with_what_is_left(
             raise RuntimeError(message)
         save(self, folder)
 
-    monkeypatch.setattr(run_trainer.AdapterTrainer, "_save_optimizer_and_scheduler", fails)
+    monkeypatch.setattr(run_trainer.RunTraining, "_save_optimizer_and_scheduler", fails)
     left = (
         "checkpoint-2 is whole" if whole else "no checkpoint is whole yet, so it will begin again"
     )

@@ -74,7 +74,7 @@ def _show_epoch(run: PreparedRun) -> None:
 
 def _task_line(run: PreparedRun) -> str:
     start = run.recipe.adapter
-    reference = "the base" if start is None else f"{start} as it is now"
+    reference = "the base" if start is None else f"{_public_name(start)} as it began"
     against = f"; compared with {reference}" if run.task.needs_reference else ""
     return f"{run.task.note}{against}"
 
@@ -133,8 +133,10 @@ def notes(
     unit = "packed sequence" if recipe.packing else "row"
     steps = f"{count(ending.steps, 'step')} of {count(run.rows_per_step, unit)}"
     began = {} if recipe.adapter is None else {"Trained further": _public_name(recipe.adapter)}
+    task = {"Task": _task_line(run)} if run.task.note else {}
     notes_of_run = {
         **began,
+        **task,
         "Data": f"{', '.join(sources)}: {rows}",
         "Training": f"{steps} with AdamW, learning rate {recipe.lr:g}, {recipe.schedule} schedule, "
         f"in {recipe.quantize or recipe.dtype}, seed {recipe.seed}",
@@ -144,6 +146,6 @@ def notes(
     }
     return (
         notes_of_run
-        if run.task.labels is None
-        else {**notes_of_run, "Classes": ", ".join(run.task.labels)}
+        if len(run.task.labels or ()) < 2
+        else {**notes_of_run, "Classes": ", ".join(run.task.labels or ())}
     )

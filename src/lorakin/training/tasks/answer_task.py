@@ -68,9 +68,9 @@ class AnswerTask(Task):
         Raises:
             SettingError: they contradict each other.
         """
+        _, config = self.from_package  # it says whether TRL is there
         from lorakin.training.tasks.trl_losses import settings_of
 
-        _, config = self.from_package
         try:
             return settings_of(config, "unused", self.arguments)
         except (ValueError, NotImplementedError) as error:

@@ -252,9 +252,9 @@ def test_pairs_of_texts(write_rows: Write) -> None:
     assert said(row, write_rows, columns=named).rejected == PlainText("q", "b")
 
 
-@pytest.mark.parametrize("verdict", [True, False, "true", 0])
+@pytest.mark.parametrize("verdict", [True, False, "true", 0, 1.0])
 def test_verdicts(verdict: Any, write_rows: Write) -> None:
-    good = verdict in (True, "true")
+    good = verdict in (1, "true")
     asked = {"prompt": "q", "completion": "a", "label": verdict}
     assert said(asked, write_rows) == Judged(PlainText("q", "a"), good)
     turns = [*TURNS, TURNS[0], OTHER]

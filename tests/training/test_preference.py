@@ -28,6 +28,7 @@ from lorakin.training.paired import paired
 from lorakin.training.prepare import prepare
 from lorakin.training.preview import preview
 from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import read_recipe, write_recipe
 from lorakin.training.reference_adapter import reference_view
 from lorakin.training.run import PreparedRun, Result
 from lorakin.training.train import train
@@ -408,6 +409,14 @@ def test_a_missing_package_is_named(
     recipe = recipe_for(model_dir, write_rows(pairs()), tmp_path / "a", task=task)
     with pytest.raises(lk.SettingError, match="pip install"):
         prepare(recipe, Terminal(quiet=True))
+
+
+def test_arguments_go_with_their_task(model_dir: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    recipe = recipe_for(model_dir, "x.jsonl", tmp_path / "a", task="dpo", task_args={"beta": "0.2"})
+    write_recipe(recipe, file)
+    assert read_recipe(file, {}).task_args == {"beta": 0.2}
+    assert read_recipe(file, {"task": "reward"}).task_args == {}
 
 
 def test_answers_of_one_verdict_are_refused(

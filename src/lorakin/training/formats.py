@@ -26,7 +26,6 @@ from lorakin.training.contents import (
 )
 from lorakin.training.messages import (
     FLAGS,
-    SAYS,
     SYSTEM,
     TOOLS,
     USED_OF_A_MESSAGE,
@@ -45,6 +44,7 @@ from lorakin.training.preference_formats import (
     is_verdict,
     judged,
     paired,
+    verdict_of,
     whole,
 )
 
@@ -333,7 +333,7 @@ def _check_meaning(layout: Format, row: Values) -> None:
                 f"of texts, name both: --columns text1={layout.columns[0]},text2={pair[0]},"
                 f"label={layout.columns[-1]}{way_out}"
             )
-    elif "label" in others and SAYS.get(str(row["label"]).lower()) is False:
+    elif "label" in others and verdict_of(row["label"]) is False:
         raise DataError(
             f"label {short_json(row['label'])} marks an answer not to imitate (KTO); "
             f"remove such rows{way_out}"

@@ -112,18 +112,25 @@ def judged(answer: Read, verdict: str) -> Read:
             content = dataclasses.replace(content, learned=flags)
         if not isinstance(content, Conversation | PlainText) or not _said(content):
             raise DataError("the answer is empty")
-        return Judged(content, SAYS[str(row[verdict]).lower()])
+        return Judged(content, verdict_of(row[verdict]) is True)
 
     return read
 
 
-def is_verdict(value: Any) -> bool:
-    """Returns whether a value says true or false.
+def verdict_of(value: Any) -> bool | None:
+    """Returns what a value says of an answer; None if it is no verdict.
 
-    >>> is_verdict(True), is_verdict("sports")
-    (True, False)
+    >>> verdict_of("True"), verdict_of(0.0), verdict_of("sports")
+    (True, False, None)
     """
-    return str(value).lower() in SAYS
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    return SAYS.get(str(value).lower())
+
+
+def is_verdict(value: Any) -> bool:
+    """Returns whether a value says that an answer is good, or that it is not."""
+    return verdict_of(value) is not None
 
 
 def _is_answer(turn: Any) -> bool:

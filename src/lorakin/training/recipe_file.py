@@ -21,7 +21,8 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
     """Returns the recipe in the YAML file `path`, if any, with `flags` over it.
 
     Flags that are None or empty do not count. The settings of a method and the arguments of a
-    schedule in the file go with that method and schedule: a flag that names another drops them.
+    schedule or a task in the file go with that method, schedule and task: a flag that names another
+    drops them.
 
     Raises:
         SettingError: no such file; not YAML; an unknown or wrong setting; no model, data or out.
@@ -39,6 +40,8 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
         inner = {}
     if given.get("schedule") not in (None, settings.get("schedule")):
         settings.pop("schedule_args", None)
+    if given.get("task") not in (None, settings.get("task")):
+        settings.pop("task_args", None)
 
     settings |= given | {"settings": inner | given.get("settings", {})}
     for name in ("model", "data", "out"):

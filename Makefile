@@ -1,6 +1,7 @@
 # make demo       set up .venv, then fine-tune a real model and show what it learned
 # make test       set up .venv, then lint, types, documentation and tests
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
+# make glue       GLUE's tasks and E2E NLG by one train and one evaluate line each: make glue DATA=folder (over an hour on one core)
 # make family     all members on two real models: what each learns and costs (about 50 minutes on two cores)
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
@@ -25,7 +26,7 @@ locked = awk '$$2 == "$(1)" { on = 1 } on; $$2 == "end" { on = 0 }' constraints.
 NEEDS_CUDA := import sys; from importlib.metadata import requires; \
 	sys.exit(not (sys.platform == "linux" and any(line.startswith(("nvidia", "cuda")) for line in requires("torch") or ())))
 
-.PHONY: demo test sentiment family claims interop gpu sweep templates bench soak check docs lock clean
+.PHONY: demo test sentiment glue family claims interop gpu sweep templates bench soak check docs lock clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
@@ -40,6 +41,9 @@ check: $(VENV)/.test
 
 sentiment: $(VENV)/.train
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/movie_sentiment.py
+
+glue: $(VENV)/.train
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/glue.py --data $(DATA) --out glue
 
 family: $(VENV)/.train
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/family.py --out family
@@ -109,4 +113,4 @@ lock: $(VENV)/.docs
 	$(BIN)/python tools/lock.py
 
 clean:
-	rm -rf $(VENV) site demo family claims interop bench gpu-results soak build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site demo glue family claims interop bench gpu-results soak build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

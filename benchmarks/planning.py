@@ -41,6 +41,25 @@ SIZES = {
     },
 }
 """Llamas of random weights with SmolLM2's tokenizer."""
+T5 = {
+    "decoder_start_token_id": 0,
+    "d_model": 512,
+    "d_ff": 1024,
+    "d_kv": 64,
+    "num_layers": 6,
+    "num_heads": 8,
+}
+"""A T5 of random weights with the same tokenizer."""
+LABELS = {
+    "classification": lambda number, words: "yes" if number % 3 else "no",
+    "multi-label": lambda number, words: [["red"], ["red", "blue"], []][number % 3],
+    "regression": lambda number, words: number / 7,
+    "token-classification": lambda number, words: (
+        ["thing", "other"] * (words // 2) + ["thing"] * (words % 2)
+    ),
+}
+"""Task → a row's label, of its number and its words."""
+CLASSES = {"classification": 2, "multi-label": 2, "regression": 1, "token-classification": 2}
 
 
 def run(
@@ -73,12 +92,26 @@ CONFIGURATIONS = [
     run("smollm2", "lora+", "bfloat16", 1, 64),
     run("smollm2", "lora", "float32", 1, 16, rank=192),
     run("smollm2", "lora", "float32", 4, 128, dropout=0.1, padded=True),
-    run("minilm", "lora", "float32", 16, 128),
-    run("minilm", "dora", "float32", 8, 256, padded=True),
+    run("minilm", "lora", "float32", 16, 128, task="classification"),
+    run("minilm", "dora", "float32", 8, 256, padded=True, task="classification"),
     run("wide", "dora", "float32", 2, 256),
     run("wide", "lora", "float32", 4, 256, fuse=True),
     run("deep", "vera", "bfloat16", 2, 512),
     run("deep", "lora", "bfloat16", 8, 256, gradient_checkpointing=True, fuse=True),
+    run("minilm", "lora", "float32", 8, 256, task="regression"),
+    run("minilm", "lora", "float32", 32, 128, task="multi-label", padded=True),
+    run("minilm", "vera", "float32", 16, 256, task="token-classification"),
+    run("t5", "lora", "float32", 4, 128, task="seq2seq"),
+    run("t5", "dora", "float32", 4, 256, task="seq2seq", padded=True),
+    run("smollm2", "lora", "bfloat16", 4, 256, eval_every=1, keep="best"),
+    run("smollm2", "lora", "bfloat16", 2, 512, packing=True),
+    run("smollm2", "dora", "float32", 1, 512, packing=True),
+    run("smollm2", "lora", "bfloat16", 2, 256, task="dpo"),
+    run("smollm2", "dora", "float32", 2, 128, task="dpo", padded=True),
+    run("wide", "lora", "bfloat16", 2, 256, task="dpo"),
+    run("smollm2", "lora", "bfloat16", 2, 256, task="orpo"),
+    run("smollm2", "lora", "float32", 4, 128, task="kto"),
+    run("smollm2", "lora", "bfloat16", 2, 256, task="reward"),
 ]
 
 
@@ -135,12 +168,15 @@ def measured(configuration: dict[str, Any]) -> dict[str, float]:
     from lorakin.training.recipe import Recipe
 
     torch.set_num_threads(1)
-    import_lazily()
+    import_lazily(configuration.get("task"))
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(configuration)
         model = placed(settings.pop("model"), Path(folder))
         rows = written(
-            Path(folder), settings.pop("padded", False), settings["max_length"], model == "minilm"
+            Path(folder),
+            settings.pop("padded", False),
+            settings["max_length"],
+            settings.get("task"),
         )
         recipe = Recipe(model=model, data=str(rows), out=f"{folder}/out", steps=3, **settings)
         before = resident("VmRSS")
@@ -150,48 +186,77 @@ def measured(configuration: dict[str, Any]) -> dict[str, float]:
         return {"loading": (loaded - before) / MIB, "peak": (resident("VmHWM") - before) / MIB}
 
 
-def import_lazily() -> None:
+TRAINERS = {
+    "dpo": "trl.trainer.dpo_trainer",
+    "kto": "trl.trainer.kto_trainer",
+    "orpo": "trl.experimental.orpo.orpo_trainer",
+    "reward": "trl.trainer.reward_trainer",
+}
+"""Task → the module of its trainer."""
+
+
+def import_lazily(task: str | None) -> None:
     """Imports what libraries would import when they are first used."""
     for name in (
+        *([TRAINERS[task]] if task in TRAINERS else []),
         "matplotlib.pyplot",
         "transformers.models.bert.modeling_bert",
         "transformers.models.llama.modeling_llama",
+        "transformers.models.t5.modeling_t5",
+        "sklearn.metrics",
+        "scipy.stats",
     ):
         importlib.import_module(name)
 
 
 def placed(model: str, folder: Path) -> str:
     """Returns a model that `lorakin train` can load; another process writes those of `SIZES`."""
-    if model not in SIZES:
+    if model not in (*SIZES, "t5"):
         return model
+    kind = "T5" if model == "t5" else "Llama"
+    head = "ForConditionalGeneration" if model == "t5" else "ForCausalLM"
     code = (
         "import sys, json, torch, transformers;"
-        "from lorakin.training.models import directory_of;"
+        "from lorakin.training.model_sources import directory_of;"
         "tokens = transformers.AutoTokenizer.from_pretrained(directory_of('smollm2'));"
         "tokens.save_pretrained(sys.argv[1]);"
         "sizes = {'vocab_size': len(tokens), 'tie_word_embeddings': True};"
-        "config = transformers.LlamaConfig(**sizes, **json.loads(sys.argv[2]));"
-        "transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])"
+        f"config = transformers.{kind}Config(**sizes, **json.loads(sys.argv[2]));"
+        f"transformers.{kind}{head}(config).save_pretrained(sys.argv[1])"
     )
     subprocess.run(
-        [sys.executable, "-c", code, str(folder / model), json.dumps(SIZES[model])],
+        [sys.executable, "-c", code, str(folder / model), json.dumps(SIZES.get(model, T5))],
         check=True,
         capture_output=True,
     )
     return str(folder / model)
 
 
-def written(folder: Path, padded: bool, length: int, labelled: bool) -> Path:
+def written(folder: Path, padded: bool, length: int, task: str | None) -> Path:
     """Writes rows that are cut at `length` tokens; if `padded`, every other one is shorter."""
     path = folder / "rows.jsonl"
+    # A reward model gets no answer without its end, and the chat template takes some 40 tokens.
+    longest = length - 48 if task == "reward" else length
     with path.open("w") as file:
         for number in range(160):
-            words = max(1, length - 8) // 2 if padded and number % 2 else length
-            row: dict[str, Any] = {"text": " ".join(["word"] * words)}
-            if labelled:
-                row["label"] = "yes" if number % 3 else "no"
-            file.write(json.dumps(row) + "\n")
+            words = max(1, length - 8) // 2 if padded and number % 2 else longest
+            file.write(json.dumps(row_of(task, number, words)) + "\n")
     return path
+
+
+def row_of(task: str | None, number: int, words: int) -> dict[str, Any]:
+    """Returns a row of so many words for a task, None for a text alone."""
+    text = ["word"] * words
+    first, second = " ".join(text[: words // 2]), " ".join(text[words // 2 :])
+    if task in ("dpo", "orpo", "reward"):
+        return {"prompt": first, "chosen": second, "rejected": second.replace("word", "fact")}
+    if task in ("seq2seq", "kto"):
+        verdict = {"label": number % 2 == 0} if task == "kto" else {}
+        return {"prompt": first, "completion": second} | verdict
+    if task == "token-classification":
+        return {"tokens": text, "tags": LABELS[task](number, words)}
+    label = {} if task is None else {"label": LABELS[task](number, words)}
+    return {"text": " ".join(text)} | label
 
 
 def resident(kind: str) -> int:
@@ -211,13 +276,16 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
     from lorakin.training.models import config_of
 
     settings = {"padded": False, **configuration}
-    model, labels = settings.pop("model"), 2 if configuration["model"] == "minilm" else None
+    for name in ("eval_every", "keep"):
+        settings.pop(name, None)
+    model, labels = settings.pop("model"), CLASSES.get(settings.get("task", ""))
     own = {"vocab_size": 49_152, "tie_word_embeddings": True, "dtype": "float32"}
-    config = (
-        transformers.LlamaConfig(**own, **SIZES[model])
-        if model in SIZES
-        else config_of(model, ["no", "yes"] if labels else None)
-    )
+    if model == "t5":
+        config: Any = transformers.T5Config(**own, **T5)
+    elif model in SIZES:
+        config = transformers.LlamaConfig(**own, **SIZES[model])
+    else:
+        config = config_of(model, None if labels is None else list(map(str, range(labels))))
     given = settings.pop("settings", {}) | {
         key: settings.pop(key) for key in ("rank", "dropout") if key in settings
     }

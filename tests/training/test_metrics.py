@@ -80,5 +80,16 @@ def test_the_paired_test_is_mcnemars_exact_one() -> None:
     assert found.p == pytest.approx(2 * (1 + 11 + 55) / 2048)
 
 
+def test_the_answers_to_one_prompt_are_one_case() -> None:
+    """Of two prompts with three answers each, the second model is better at one."""
+    groups = [0, 0, 0, 1, 1, 1]
+    losses = ([1.0] * 6, [0.5, 0.7, 1.1, 1.2, 0.9, 1.3])
+    one, two = (
+        Evaluation(0.0, 6, answers=RowAnswers(np.array(each), np.ones(6), groups=groups))
+        for each in losses
+    )
+    assert (paired(one, two).better, paired(one, two).differ) == (1, 2)
+
+
 def _numbers(right: list[str], given: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([word == "a" for word in right]), np.array([word == "a" for word in given])

@@ -27,6 +27,7 @@ from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.paired import paired
 from lorakin.training.prepare import prepare
 from lorakin.training.preview import preview
+from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe, write_recipe
 from lorakin.training.reference_adapter import reference_view
@@ -438,7 +439,7 @@ def test_long_pairs_are_cut_or_dropped_and_counted(
     assert (run.train.cut, run.train.dropped, len(run.train.examples)) == (1, 1, 17)
     run.directory_lock.release()
     reward = preview(Recipe(**{**vars(recipe), "task": "reward", "out": str(tmp_path / "b")}))
-    assert (reward.cut, reward.dropped, len(reward.lengths)) == (0, 2, 16)
+    assert (reward.cut, reward.dropped, reward.rows, len(reward.lengths)) == (0, 2, 16, 32)
 
 
 def test_pairs_are_shown_with_what_is_compared(
@@ -451,3 +452,11 @@ def test_pairs_are_shown_with_what_is_compared(
     assert text.startswith("chosen: <|user|> what did the")
     assert "\nrejected: " in text
     assert text.count("⟦") == 2
+
+
+def test_one_wrong_verdict_is_named_with_its_row(write_rows: Write) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": n % 2 == 0} for n in range(9)]
+    rows[7]["label"] = "maybe"
+    for given in ({}, {"task": "kto"}, {"layout": "feedback"}):
+        with pytest.raises(lk.DataError, match="row 8"):
+            read_rows(write_rows(rows), **given)

@@ -58,14 +58,17 @@ def _show(console: Terminal, found: Preview) -> None:
     console.print(labelled("data    ", f"{found.name}: {found.summary}"))
     console.print(labelled("task    ", found.task))
     shortest, median, high, longest = found.quantiles()
+    what, counted = "row", f"{found.rows:,} rows"
+    if len(found.lengths) > found.rows:
+        what, counted = "text", f"{len(found.lengths):,} texts of {found.rows:,} rows"
     console.print(
         labelled(
             "tokens  ",
-            f"{sum(found.lengths):,} in {len(found.lengths):,} rows, {found.learned:,} learned; a "
-            f"row has {shortest} to {longest}, half at most {median}, 95 % at most {high}",
+            f"{sum(found.lengths):,} in {counted}, {found.learned:,} learned; a {what} has "
+            f"{shortest} to {longest}, half at most {median}, 95 % at most {high}",
         )
     )
-    table = Table("tokens", "rows", "", box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table("tokens", f"{what}s", "", box=SIMPLE, padding=(0, 1, 0, 0))
     bins = histogram(found.lengths, found.max_length)
     most = max(count for _, count in bins)
     for name, count in bins:

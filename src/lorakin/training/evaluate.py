@@ -73,8 +73,8 @@ def evaluate_rows(
         columns, layout: as for `read_rows`.
         dtype, quantize: as for `load_model`.
         other_base: as for `load_with_adapter`.
-        task: the word of the task, or a task of GLUE, whose own metric comes first then; by
-            default it is detected.
+        task: the word of the task, or a task of GLUE; by default it is detected. The metric that
+            decided in training, or GLUE's own, comes first.
         task_args: arguments of the task's own trainer, which its loss and its rewards depend on;
             by default those with which the adapter was trained.
         sampling: how to write answers to the prompts and compare them; None leaves that out.
@@ -91,6 +91,7 @@ def evaluate_rows(
             f"--generate compares answers in words with the right ones, and {rows.name} has format "
             f"{rows.formats[0]}"
         )
+    first = first or str(recipe_beside(adapter).get("metric"))
     task, task_args = as_trained(adapter, rows.formats[0], task, task_args)
     loaded = _loaded_for(rows, model, adapter, dtype, other_base, quantize)
     tokenizer = loaded.tokenizer
@@ -121,7 +122,9 @@ def evaluate_rows(
         return dataclasses.replace(evaluation, answers=answers, metrics=own | metrics)
     written = write_answers(loaded, rows, sampling, batch_size, chat_template is not False)
     if len(written.right) == len(answers.where):  # no row was dropped
-        answers = dataclasses.replace(answers, right=written.right, given=written.given)
+        answers = dataclasses.replace(
+            answers, right=written.right, given=written.given, groups=written.prompts
+        )
     return dataclasses.replace(evaluation, answers=answers, metrics=written.metrics)
 
 

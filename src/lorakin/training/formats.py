@@ -80,7 +80,7 @@ class Format:
         columns: the columns that it needs.
         optional: the columns that it can use.
         read: returns what a row says.
-        last_is: whether the last column's value is one of this format.
+        last_is: whether a value of the last column is one of this format.
     """
 
     name: str
@@ -89,9 +89,13 @@ class Format:
     read: Callable[[Values], Content]
     last_is: Callable[[Any], bool] = lambda value: True
 
-    def suits(self, row: Values) -> bool:
-        """Returns whether a row has the columns, whatever is in them but the last."""
-        return set(self.columns) <= row.keys() and self.last_is(row[self.columns[-1]])
+    def suited(self, rows: Sequence[Values]) -> int:
+        """Returns how many rows have the columns; 0 if most of them have another last value.
+
+        One value that is wrong does not make it another format: reading it names the row.
+        """
+        last = [row[self.columns[-1]] for row in rows if set(self.columns) <= row.keys()]
+        return len(last) if 2 * sum(map(self.last_is, last)) > len(last) else 0
 
 
 def _messages(row: Values) -> Conversation:
@@ -246,7 +250,7 @@ def detected(rows: Sequence[Values], name: str, chosen: str | None) -> Format:
         DataError: the rows have the columns of no format, or not those of the chosen one.
     """
     layouts = [layout for layout in FORMATS if chosen in (None, layout.name)]
-    counts = [sum(layout.suits(row) for row in rows) for layout in layouts]
+    counts = [layout.suited(rows) for layout in layouts]
     if not max(counts):
         raise _unknown([row.keys() for row in rows], layouts, name)
     return layouts[counts.index(max(counts))]

@@ -112,7 +112,12 @@ def judged(answer: Read, verdict: str) -> Read:
             content = dataclasses.replace(content, learned=flags)
         if not isinstance(content, Conversation | PlainText) or not _said(content):
             raise DataError("the answer is empty")
-        return Judged(content, verdict_of(row[verdict]) is True)
+        if (is_good := verdict_of(row[verdict])) is None:
+            raise DataError(
+                f"{verdict} is {short_json(row[verdict])}, expected true or false: whether the "
+                "answer is good"
+            )
+        return Judged(content, is_good)
 
     return read
 

@@ -38,7 +38,8 @@ class Preview:
         summary: how many rows of which format, and the classes.
         task: what would be learned.
         unused: what no format reads, in words; None if there is nothing.
-        lengths: tokens of each row that is learned.
+        rows: how many rows are learned.
+        lengths: tokens of each text that is learned: a row's, or both of a pair.
         max_length: tokens at which rows are cut.
         learned: how many tokens, or rows with a label, the loss is on.
         dropped: rows without anything to learn.
@@ -53,6 +54,7 @@ class Preview:
     summary: str
     task: str
     unused: str | None
+    rows: int
     lengths: list[int]
     max_length: int
     learned: int
@@ -74,7 +76,6 @@ class Preview:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         names = ("shortest", "median", "percentile_95", "longest")
         return fields | {
-            "rows": len(self.lengths),
             "tokens": sum(self.lengths),
             "lengths": dict(zip(names, self.quantiles(), strict=True)),
             "epoch": dataclasses.asdict(self.epoch),
@@ -118,7 +119,8 @@ def preview(recipe: Recipe) -> Preview:
         reading.summary(rows),
         task.word,
         reading.unused(rows),
-        [tokens_in(example) for example in examples],
+        len(examples),
+        [len(text["input_ids"]) for example in examples for text in texts_of(example)],
         length,
         sum(_learned(example) for example in examples),
         sum(part.dropped for part in parts),

@@ -33,11 +33,13 @@ class Written:
         metrics: BLEU and chrF (sacrebleu's, 0 to 100), ROUGE-L (rouge-score's F, 0 to 100; with
             several right answers the best), and the share of exact matches.
         right, given: of each row its answer, and what the model wrote to its prompt.
+        prompts: of each row the number of its prompt: rows with the same one share it.
     """
 
     metrics: Mapping[str, MetricValue]
     right: list[str]
     given: list[str]
+    prompts: list[int]
 
 
 def write_answers(
@@ -81,7 +83,8 @@ def write_answers(
     for number, answer in zip(of_row, right, strict=True):
         references[number].append(answer)
     given = [written[number] for number in range(len(prompts))]
-    return Written(scores(given, references), right, [written[number] for number in of_row])
+    of_rows = [written[number] for number in of_row]
+    return Written(scores(given, references), right, of_rows, of_row)
 
 
 def scores(given: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, MetricValue]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from rich.text import Text as RichText
 from torch import Tensor
 
 from lorakin.errors import SettingError
@@ -203,6 +204,13 @@ class Orpo(PairTask):
     def from_package(self) -> tuple[Any, Any]:
         module = from_trl("trl.experimental.orpo.orpo_trainer", self.word)
         return module.ORPOTrainer, module.ORPOConfig
+
+    def rendered(self, example: Row, tokenizer: Any) -> RichText:
+        # The better answer is imitated with its prompt; see `_read_whole`.
+        chosen = example[SIDES[0]]
+        return super().rendered(
+            {**example, SIDES[0]: {**chosen, "labels": chosen["input_ids"]}}, tokenizer
+        )
 
     def step_loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         from lorakin.training.tasks.answer_rehearsal import odds_step

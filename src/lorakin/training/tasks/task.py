@@ -37,6 +37,8 @@ class RowAnswers:
         where: each row's place in the data, if it is known.
         numbers: the right and the given answers as the metrics take them, (rows,), (rows, classes)
             or (words,) each; None for a language model.
+        groups: a number for each row, where rows with the same one belong together, such as the
+            right answers to one prompt; empty if each row stands alone.
         details: what else is known of each row, by name, such as the rewards of two answers.
     """
 
@@ -46,6 +48,7 @@ class RowAnswers:
     given: list[str] = dataclasses.field(default_factory=list)
     where: list[str] = dataclasses.field(default_factory=list)
     numbers: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+    groups: list[int] = dataclasses.field(default_factory=list)
     details: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 

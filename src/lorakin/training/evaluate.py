@@ -11,6 +11,7 @@ from lorakin.errors import DataError
 from lorakin.family.settings import require
 from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import Encoded
 from lorakin.training.formats import FEEDBACK, PREFERENCE, REWARD
 from lorakin.training.generation_settings import nan_error
 from lorakin.training.glue import task_and_metric
@@ -20,7 +21,7 @@ from lorakin.training.models import Loaded, stored_labels
 from lorakin.training.reading import ANSWERS as ANSWERS_TO_IMITATE
 from lorakin.training.reading import KINDS, DataRows, read_rows
 from lorakin.training.sampling import Sampling
-from lorakin.training.tasks import Evaluation, task_of_model
+from lorakin.training.tasks import Evaluation, RowAnswers, Task, task_of_model
 from lorakin.training.with_adapter import load_with_adapter, recipe_beside
 from lorakin.training.written import write_answers
 
@@ -109,13 +110,7 @@ def evaluate_rows(
     )
     if not math.isfinite(evaluation.loss):
         raise nan_error(loaded.name)
-    answers = evaluation.answers
-    assert answers is not None
-    answers = dataclasses.replace(answers, where=encoded.where)
-    if answers.details:
-        texts = [learned.texts(example, tokenizer) for example in encoded.examples]
-        pairs = zip(texts, answers.details, strict=True)
-        answers = dataclasses.replace(answers, details=[text | more for text, more in pairs])
+    answers = _named(evaluation, encoded, learned, tokenizer)
     if sampling is None:
         metrics = dict(evaluation.metrics)
         own = {first: metrics[first]} if first in metrics else {}
@@ -126,6 +121,18 @@ def evaluate_rows(
             answers, right=written.right, given=written.given, groups=written.prompts
         )
     return dataclasses.replace(evaluation, answers=answers, metrics=written.metrics)
+
+
+def _named(evaluation: Evaluation, encoded: Encoded, learned: Task, tokenizer: Any) -> RowAnswers:
+    """Returns the answers of an evaluation with each row's place and, of two answers, the texts."""
+    answers = evaluation.answers
+    assert answers is not None
+    answers = dataclasses.replace(answers, where=encoded.where)
+    if not answers.details:
+        return answers
+    texts = [learned.texts(example, tokenizer) for example in encoded.examples]
+    pairs = zip(texts, answers.details, strict=True)
+    return dataclasses.replace(answers, details=[text | more for text, more in pairs])
 
 
 def as_trained(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import lorakin as lk
+from lorakin.training import formats
 from lorakin.training.chat_templates import use_template
 from lorakin.training.contents import Conversation, Judged, PlainText, Preference
 from lorakin.training.encoding import encode
@@ -511,3 +512,16 @@ def test_answers_not_to_imitate_however_they_are_marked(label: Any, write_rows: 
 def test_pairs_of_texts_are_no_single_text(write_rows: Write) -> None:
     with pytest.raises(lk.DataError):
         said({"sentence": "s", "context": "c", "label": 1, "idx": 3}, write_rows)
+
+
+def test_a_format_that_lacks_one_column_is_named() -> None:
+    for row, name, lacking in (
+        ({"prompt": "a", "chosen": "b"}, "preference", "rejected"),
+        ({"sentence1": "a", "sentence2": "b", "idx": 1}, "classification", "label"),
+    ):
+        with pytest.raises(lk.DataError) as error:
+            formats.detected([row], "rows.jsonl", None)
+        assert name in str(error.value)
+        assert f"{lacking} is missing" in str(error.value)
+    with pytest.raises(lk.DataError, match="--columns sentence1=Sentence1"):
+        formats.detected([{"Sentence1": "a", "sentence2": "b", "label": 1}], "rows.jsonl", None)

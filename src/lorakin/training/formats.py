@@ -267,10 +267,16 @@ def _unknown(keys: Sequence[Iterable[str]], layouts: Sequence[Format], name: str
     lone = first[0] if len(first) == 1 else ""
     hint = next((f"; is the file separated by {mark!r}?" for mark in ";\t|" if mark in lone), "")
     plain = {key.strip().lower(): key for key in columns}
-    fitting = (layout.columns for layout in layouts if set(layout.columns) <= set(plain))
-    if fit := next(fitting, None):
+    if fit := next((f.columns for f in layouts if set(f.columns) <= set(plain)), None):
         meant = ",".join(f"{column}={plain[column]}" for column in fit)
         hint = f"; here that is --columns {meant}"
+    nearly = (f for f in layouts if len(f.columns) > 2 and len({*f.columns} - {*plain}) == 1)
+    if fit is None and (near := next(nearly, None)):
+        (lacking,) = {*near.columns} - {*plain}
+        return DataError(
+            f"data {name!r} has the columns {', '.join(columns)}; for format {near.name} "
+            f"({', '.join(near.columns)}) {lacking} is missing: say with --columns which it is"
+        )
     return DataError(
         f"data {name!r} has the columns {', '.join(columns)}, which are not a known format; "
         f"known are: {described}. Say which columns are meant with --columns, "

@@ -39,7 +39,8 @@ class Preview:
         task: what would be learned.
         unused: what no format reads, in words; None if there is nothing.
         rows: how many rows are learned.
-        lengths: tokens of each text that is learned: a row's, or both of a pair.
+        lengths: tokens of each text that is learned: a row's, both of a pair, or the pieces of a
+            long one.
         max_length: tokens at which rows are cut.
         learned: how many tokens, or rows with a label, the loss is on.
         dropped: rows without anything to learn.
@@ -112,6 +113,7 @@ def preview(recipe: Recipe) -> Preview:
     train, held_out = by_source(recipe, train_rows, encode), encode(held_rows)
     # Without --eval-data the rows that are held out are rows of this data too.
     parts = [train] if recipe.eval_data is not None else [train, held_out]
+    read = [train_rows] if recipe.eval_data is not None else [train_rows, held_rows]
     examples: list[Row] = [example for part in parts for example in part.examples]
     counts = Counter(row_key(example) for example in examples)
     return Preview(
@@ -119,7 +121,7 @@ def preview(recipe: Recipe) -> Preview:
         reading.summary(rows),
         task.word,
         reading.unused(rows),
-        len(examples),
+        sum(map(len, read)) - sum(part.dropped for part in parts),
         [len(text["input_ids"]) for example in examples for text in texts_of(example)],
         length,
         sum(_learned(example) for example in examples),

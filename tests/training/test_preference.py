@@ -214,6 +214,7 @@ def test_held_out_figures_of_dpo_are_those_of_the_paper(
     assert {line["won"] for line in lines} <= {"chosen", "rejected"}
     with_base = evaluate_rows(model_dir, None, data, dtype="float32")
     assert with_base.metrics["reward_margin"].value == 0
+    assert found.note.startswith("dpo: beta 0.")
     assert paired(with_base, found).better == (margins > 0).sum()
 
 

@@ -133,6 +133,8 @@ def _show(console: Terminal, adapters: list[str | None], found: list[Evaluation]
     from lorakin.training.paired import paired
     from lorakin.training.predictions import confusions
 
+    for note in dict.fromkeys(one.note for one in found if one.note):
+        console.print(labelled("task  ", note))
     if len(found) == 1:
         console.print(described(found[0]))
         if (answer := found[0].only_answer) is not None:

@@ -114,7 +114,9 @@ def evaluate_rows(
     if sampling is None:
         metrics = dict(evaluation.metrics)
         own = {first: metrics[first]} if first in metrics else {}
-        return dataclasses.replace(evaluation, answers=answers, metrics=own | metrics)
+        against = "; compared with the base" if learned.needs_reference else ""
+        note = f"{learned.note}{against}"
+        return dataclasses.replace(evaluation, answers=answers, metrics=own | metrics, note=note)
     written = write_answers(loaded, rows, sampling, batch_size, chat_template is not False)
     if len(written.right) == len(answers.where):  # no row was dropped
         answers = dataclasses.replace(

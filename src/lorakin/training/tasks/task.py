@@ -63,6 +63,7 @@ class Evaluation:
         perplexity: exp(loss) of a language model, None for other tasks.
         loss_interval: the loss's 95 % interval over draws of the rows, if it was taken.
         answers: what the figures come from; None if they were read from a file.
+        note: what was evaluated, in words, where the rows do not say it all; see `Task.note`.
     """
 
     loss: float
@@ -71,6 +72,7 @@ class Evaluation:
     perplexity: float | None = None
     loss_interval: tuple[float, float] | None = None
     answers: RowAnswers | None = dataclasses.field(default=None, repr=False, compare=False)
+    note: str = ""
 
     def as_dict(self) -> dict[str, float]:
         """Returns the figures by name, without those that do not apply."""

@@ -26,9 +26,7 @@ def rows(name: str, values: list[float], measure: str = "loss", **figures: Any) 
     for seed, value in enumerate(values):
         report = {measure: value} if measure == "loss" else {measure: value, "loss": 1 - value}
         trial = Trial(name, SEED if seed else SWEEP, 1e-3, seed)
-        found.append(
-            ResultRow(trial, DONE, tune={"loss": report["loss"]}, report=report, **figures)
-        )
+        found.append(ResultRow(trial, DONE, tune=report, report=report, **figures))
     return found
 
 

@@ -84,6 +84,21 @@ class AnswerCollator:
         return batch
 
 
+def pad_id(tokenizer: Any) -> int:
+    """Returns the id that fills short rows; the mask says that it is no part of them."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:
+    """Returns what makes batches of labelled texts for a language model.
+
+    Logits are asked for at the answers alone, if the model's forward can do that.
+    """
+    return AnswerCollator(
+        pad_id(tokenizer), "logits_to_keep" in inspect.signature(model.forward).parameters
+    )
+
+
 def digest(*parts: Sequence[Row]) -> int:
     """Returns a number of 48 bits that tells these rows, in this order, from any others.
 

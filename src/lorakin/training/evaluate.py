@@ -92,8 +92,9 @@ def evaluate_rows(
             f"--generate compares answers in words with the right ones, and {rows.name} has format "
             f"{rows.formats[0]}"
         )
-    first = first or str(recipe_beside(adapter).get("metric"))
-    task, task_args = as_trained(adapter, rows.formats[0], task, task_args)
+    recipe = recipe_beside(adapter)
+    first = first or str(recipe.get("metric"))
+    task, task_args = as_trained(recipe, rows.formats[0], task, task_args)
     loaded = _loaded_for(rows, model, adapter, dtype, other_base, quantize)
     tokenizer = loaded.tokenizer
     length = row_length(position_count(loaded.model), max_length)
@@ -114,8 +115,7 @@ def evaluate_rows(
     if sampling is None:
         metrics = dict(evaluation.metrics)
         own = {first: metrics[first]} if first in metrics else {}
-        against = "; compared with the base" if learned.needs_reference else ""
-        note = f"{learned.note}{against}"
+        note = learned.line("the base")
         return dataclasses.replace(evaluation, answers=answers, metrics=own | metrics, note=note)
     written = write_answers(loaded, rows, sampling, batch_size, chat_template is not False)
     if len(written.right) == len(answers.where):  # no row was dropped
@@ -138,7 +138,7 @@ def _named(evaluation: Evaluation, encoded: Encoded, learned: Task, tokenizer: A
 
 
 def as_trained(
-    adapter: str | None,
+    recipe: Mapping[str, Any],
     layout: str,
     task: str | None,
     arguments: Mapping[str, Any] | None,
@@ -147,8 +147,7 @@ def as_trained(
 
     They stand in the recipe beside it; what the user gives comes first.
     """
-    recipe = recipe_beside(adapter) if layout in (PREFERENCE, FEEDBACK) else {}
-    learned = recipe.get("task")
+    learned = recipe.get("task") if layout in (PREFERENCE, FEEDBACK) else None
     if learned not in KINDS.get(layout, ()) or task not in (None, learned):
         return task, arguments
     return str(learned), {**(recipe.get("task_args") or {}), **(arguments or {})}

@@ -75,8 +75,7 @@ def _show_epoch(run: PreparedRun) -> None:
 def _task_line(run: PreparedRun) -> str:
     start = run.recipe.adapter
     reference = "the base" if start is None else f"{_public_name(start)} as it began"
-    against = f"; compared with {reference}" if run.task.needs_reference else ""
-    return f"{run.task.note}{against}"
+    return run.task.line(reference)
 
 
 def _model_line(run: PreparedRun) -> str:

@@ -44,6 +44,7 @@ WITH_LABELS: dict[str, Any] = {
 """Tasks that are made of their labels, by word."""
 OF_ANSWERS: dict[str, Any] = {task.word: task for task in (Dpo, Orpo, Kto, Reward)}
 """Tasks that compare answers, by word; they are made of the arguments of a trainer."""
+BY_WORD = WITH_LABELS | OF_ANSWERS
 HEADS = {task.auto.removeprefix("AutoModel") for task in WITH_LABELS.values()}
 """How the names of classes end whose models have the heads of these tasks."""
 
@@ -129,8 +130,8 @@ def kind_of_task(word: str, config: Any = None) -> type[Task]:
         word: one of `formats.TASKS`.
         config: the model's, as for `task_for`.
     """
-    if word in WITH_LABELS or word in OF_ANSWERS:
-        kind: type[Task] = (WITH_LABELS | OF_ANSWERS)[word]
+    if word in BY_WORD:
+        kind: type[Task] = BY_WORD[word]
         return kind
     return Seq2Seq if word == SEQ2SEQ or is_seq2seq(config) else Language
 
@@ -159,7 +160,7 @@ def task_of_model(
         elif rows.formats == [PREFERENCE] and kind.endswith(Reward.auto.removeprefix("AutoModel")):
             word = REWARD
     rows = dataclasses.replace(rows, chosen_task=word or rows.task)
-    of_task: Any = (WITH_LABELS | OF_ANSWERS).get(rows.task, Language)
+    of_task: Any = BY_WORD.get(rows.task, Language)
     head = of_task.auto.removeprefix("AutoModel")
     wanted = head if head in HEADS else ""
     if wanted != next((head for head in HEADS if kind.endswith(head)), ""):

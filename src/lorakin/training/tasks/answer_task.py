@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.terminal import visible
-from lorakin.training.batches import SIDES, AnswerCollator, Row, answer_loss, texts_of
+from lorakin.training.batches import SIDES, Row, answer_collator, answer_loss, texts_of
 from lorakin.training.preference_trainer import (
     QUIET,
     OwnRows,
@@ -24,7 +22,7 @@ from lorakin.training.preference_trainer import (
 )
 from lorakin.training.tasks.language import Language
 from lorakin.training.tasks.task import Collator, Loss, Task
-from lorakin.training.tasks.trainer_kind import TrainerKind, checked_arguments
+from lorakin.training.tasks.trainer_kind import TrainerKind, checked_arguments, from_trl
 from lorakin.training.token_labels import IGNORED
 
 
@@ -37,8 +35,8 @@ def chosen_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerTask(Task):
-    """What the tasks of TRL's trainers for language models have in common.
+class TrlTask(Task):
+    """What the tasks of TRL's trainers have in common.
 
     Attributes:
         arguments: those of TRL's trainer, by name.
@@ -47,9 +45,10 @@ class AnswerTask(Task):
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     known: ClassVar[Mapping[str, Any]] = {}
     """The arguments that a user can give → their types."""
-    needs_reference: ClassVar[bool] = True
-    sides: ClassVar[int] = 1
-    """How many texts a row has."""
+    module: ClassVar[str]
+    """The module of TRL that has the trainer."""
+    named: ClassVar[str]
+    """How the names of the trainer's class and of its arguments' class begin."""
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -57,9 +56,23 @@ class AnswerTask(Task):
         )
 
     @property
-    @abc.abstractmethod
     def from_package(self) -> tuple[Any, Any]:
         """The trainer's class and that of its arguments."""
+        module = from_trl(self.module, self.word)
+        return getattr(module, f"{self.named}Trainer"), getattr(module, f"{self.named}Config")
+
+    def texts(self, row: Row, tokenizer: Any) -> dict[str, str]:
+        return {
+            side: said(text, tokenizer) for side, text in zip(SIDES, texts_of(row), strict=False)
+        }
+
+
+class AnswerTask(TrlTask):
+    """What the tasks of TRL's trainers for language models have in common."""
+
+    needs_reference: ClassVar[bool] = True
+    sides: ClassVar[int] = 1
+    """How many texts a row has."""
 
     @functools.cached_property
     def settings(self) -> Any:
@@ -113,12 +126,7 @@ class AnswerTask(Task):
         return texts_of(row)[0]
 
     def probe_collator(self, model: Any, tokenizer: Any) -> Collator:
-        return Language().collator(model, tokenizer)
-
-    def texts(self, row: Row, tokenizer: Any) -> dict[str, str]:
-        return {
-            side: said(text, tokenizer) for side, text in zip(SIDES, texts_of(row), strict=False)
-        }
+        return answer_collator(model, tokenizer)
 
     def rendered(self, example: Row, tokenizer: Any) -> RichText:
         parts = []
@@ -133,12 +141,6 @@ def said(text: Row, tokenizer: Any) -> str:
     """Returns what is learned of a tokenised text, in words."""
     ids = [n for n, label in zip(text["input_ids"], text["labels"], strict=True) if label >= 0]
     return visible(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:
-    """Returns what makes a batch of labelled texts for a language model."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return AnswerCollator(pad, "logits_to_keep" in inspect.signature(model.forward).parameters)
 
 
 def with_mask(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from lorakin.errors import DataError, SettingError
 from lorakin.storage.schema import Check, Positive
-from lorakin.training.batches import GOOD, AnswerCollator, Row
+from lorakin.training.batches import GOOD, AnswerCollator, Row, answer_collator
 from lorakin.training.encoding import Encoded
 from lorakin.training.formats import KTO
 from lorakin.training.metrics import figures, mean_interval
 from lorakin.training.pairs import ROOM, PairEncoder, prompt_length
 from lorakin.training.reading import DataRows
 from lorakin.training.tasks.answer_pairs import likelihoods
-from lorakin.training.tasks.answer_task import AnswerTask, answer_collator, said, with_mask
+from lorakin.training.tasks.answer_task import AnswerTask, said, with_mask
+from lorakin.training.tasks.language import Language
 from lorakin.training.tasks.task import Collator, Evaluation, RowAnswers
-from lorakin.training.tasks.trainer_kind import TrainerKind, from_trl
+from lorakin.training.tasks.trainer_kind import TrainerKind
 
 NotNegative = Annotated[float, Check("a number ≥ 0", lambda value: value >= 0)]
 WITH_KL = "kto"
@@ -65,6 +66,8 @@ class Kto(AnswerTask):
     """Kahneman-Tversky optimization, arXiv 2402.01306."""
 
     word: ClassVar[str] = KTO
+    module: ClassVar[str] = "trl.trainer.kto_trainer"
+    named: ClassVar[str] = "KTO"
     metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin")
     known: ClassVar[Mapping[str, Any]] = {
         "beta": Positive,
@@ -72,11 +75,6 @@ class Kto(AnswerTask):
         "desirable_weight": NotNegative,
         "undesirable_weight": NotNegative,
     }
-
-    @property
-    def from_package(self) -> tuple[Any, Any]:
-        module = from_trl("trl.trainer.kto_trainer", self.word)
-        return module.KTOTrainer, module.KTOConfig
 
     @property
     def trainer(self) -> TrainerKind:
@@ -150,8 +148,6 @@ class Kto(AnswerTask):
         return {"answer": said(row, tokenizer)}
 
     def rendered(self, example: Row, tokenizer: Any) -> RichText:
-        from lorakin.training.tasks.language import Language
-
         word = "good" if example[GOOD] else "bad"
         text = RichText(f"{word}: ", style="bold")
         return text.append_text(Language().rendered(example, tokenizer))

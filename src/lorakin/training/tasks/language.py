@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -12,7 +11,13 @@ from rich.text import Text as RichText
 from torch import Tensor
 
 from lorakin.terminal import visible
-from lorakin.training.batches import AnswerCollator, Row, answer_loss, row_losses
+from lorakin.training.batches import (
+    AnswerCollator,
+    Row,
+    answer_collator,
+    answer_loss,
+    row_losses,
+)
 from lorakin.training.encoding import Encoded, encode
 from lorakin.training.metrics import mean_interval
 from lorakin.training.reading import DataRows
@@ -32,9 +37,7 @@ class Language(Task):
         return encode(rows, tokenizer, max_length, **options)
 
     def collator(self, model: Any, tokenizer: Any) -> Collator:
-        # Logits are asked for at the answers alone, if the model's forward can do that.
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        return AnswerCollator(pad, "logits_to_keep" in inspect.signature(model.forward).parameters)
+        return answer_collator(model, tokenizer)
 
     @property
     def loss(self) -> Loss:

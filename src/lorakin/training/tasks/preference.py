@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.storage.schema import Check, Positive
-from lorakin.training.batches import SIDES, AnswerCollator, Row, texts_of
+from lorakin.training.batches import SIDES, AnswerCollator, Row, answer_collator, texts_of
 from lorakin.training.encoding import Encoded
 from lorakin.training.formats import DPO, ORPO
 from lorakin.training.metrics import figures, mean_interval
@@ -26,9 +26,8 @@ from lorakin.training.tasks.answer_pairs import (
     log_probabilities,
     side_by_side,
 )
-from lorakin.training.tasks.answer_task import AnswerTask, answer_collator, with_mask
+from lorakin.training.tasks.answer_task import AnswerTask, with_mask
 from lorakin.training.tasks.task import Collator, Evaluation, RowAnswers
-from lorakin.training.tasks.trainer_kind import from_trl
 from lorakin.training.token_labels import IGNORED
 
 Array = npt.NDArray[Any]
@@ -133,6 +132,8 @@ class Dpo(PairTask):
     """Direct preference optimization, arXiv 2305.18290, and the losses that TRL has beside it."""
 
     word: ClassVar[str] = DPO
+    module: ClassVar[str] = "trl.trainer.dpo_trainer"
+    named: ClassVar[str] = "DPO"
     of_batch: ClassVar[Any] = staticmethod(with_mask)
     known: ClassVar[Mapping[str, Any]] = {
         "beta": Positive,
@@ -145,11 +146,6 @@ class Dpo(PairTask):
         "use_weighting": bool,
         "discopop_tau": Positive,
     }
-
-    @property
-    def from_package(self) -> tuple[Any, Any]:
-        module = from_trl("trl.trainer.dpo_trainer", self.word)
-        return module.DPOTrainer, module.DPOConfig
 
     def step_loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         from lorakin.training.tasks.answer_rehearsal import pair_step
@@ -196,14 +192,11 @@ class Orpo(PairTask):
     """Monolithic preference optimization without a reference, arXiv 2403.07691."""
 
     word: ClassVar[str] = ORPO
+    module: ClassVar[str] = "trl.experimental.orpo.orpo_trainer"
+    named: ClassVar[str] = "ORPO"
     of_batch: ClassVar[Any] = staticmethod(_each_side)
     needs_reference: ClassVar[bool] = False
     known: ClassVar[Mapping[str, Any]] = {"beta": Positive}
-
-    @property
-    def from_package(self) -> tuple[Any, Any]:
-        module = from_trl("trl.experimental.orpo.orpo_trainer", self.word)
-        return module.ORPOTrainer, module.ORPOConfig
 
     def rendered(self, example: Row, tokenizer: Any) -> RichText:
         # The better answer is imitated with its prompt; see `_read_whole`.

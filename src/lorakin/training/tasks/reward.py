@@ -15,34 +15,34 @@ from torch import Tensor
 
 from lorakin.storage.schema import Check
 from lorakin.terminal import visible
-from lorakin.training.batches import SIDES, Row, texts_of
+from lorakin.training.batches import SIDES, Row, pad_id, texts_of
 from lorakin.training.encoding import Encoded
 from lorakin.training.formats import REWARD
 from lorakin.training.pairs import PairEncoder
 from lorakin.training.preference_trainer import QUIET, OwnRows, alone
 from lorakin.training.reading import DataRows
 from lorakin.training.tasks.answer_pairs import side_by_side
-from lorakin.training.tasks.answer_task import said
+from lorakin.training.tasks.answer_task import TrlTask
 from lorakin.training.tasks.by_row import results_by_row
 from lorakin.training.tasks.preference import judged_pairs
-from lorakin.training.tasks.task import Collator, Evaluation, Loss, Task
-from lorakin.training.tasks.trainer_kind import TrainerKind, checked_arguments, from_trl
+from lorakin.training.tasks.task import Collator, Evaluation, Loss
+from lorakin.training.tasks.trainer_kind import TrainerKind
 
 Coefficient = Annotated[float, Check("a number ≥ 0", lambda value: value >= 0)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Reward(Task):
+class Reward(TrlTask):
     """A model with one number for each text (Bradley-Terry).
 
     Attributes:
         labels: the name of that number.
-        arguments: those of TRL's trainer, by name.
     """
 
     labels: list[str] = dataclasses.field(default_factory=lambda: [REWARD])
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     word: ClassVar[str] = REWARD
+    module: ClassVar[str] = "trl.trainer.reward_trainer"
+    named: ClassVar[str] = "Reward"
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin")
     known: ClassVar[Mapping[str, Any]] = {"center_rewards_coefficient": Coefficient}
@@ -51,31 +51,23 @@ class Reward(Task):
     def takes_template(self) -> bool:
         return True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "arguments", checked_arguments(self.arguments, self.known, self.word)
-        )
-
     @property
     def note(self) -> str:
         return f"{self.word}: one number for each answer"
 
     @property
     def trainer(self) -> TrainerKind:
-        module = from_trl("trl.trainer.reward_trainer", self.word)
-        given = {**self.arguments, **QUIET}
-        return TrainerKind(module.RewardTrainer, module.RewardConfig, given, (OwnRows,), alone)
+        return TrainerKind(*self.from_package, {**self.arguments, **QUIET}, (OwnRows,), alone)
 
     def check(self, batch_size: int) -> None:
-        from_trl("trl.trainer.reward_trainer", self.word)
+        _ = self.from_package  # it says whether TRL is there
 
     def encode(self, rows: DataRows, tokenizer: Any, max_length: int, **options: Any) -> Encoded:
         # An answer without its end would be judged for what it does not say.
         return PairEncoder(rows, tokenizer, max_length, **options).pairs(whole=True)
 
     def collator(self, model: Any, tokenizer: Any) -> Collator:
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        return functools.partial(_padded, pad)
+        return functools.partial(_padded, pad_id(tokenizer))
 
     @property
     def loss(self) -> Loss:
@@ -104,11 +96,6 @@ class Reward(Task):
     @property
     def _centre(self) -> float:
         return float(self.arguments.get("center_rewards_coefficient") or 0.0)
-
-    def texts(self, row: Row, tokenizer: Any) -> dict[str, str]:
-        return {
-            side: said(text, tokenizer) for side, text in zip(SIDES, texts_of(row), strict=True)
-        }
 
     def rendered(self, example: Row, tokenizer: Any) -> RichText:
         text = RichText()

@@ -141,6 +141,10 @@ class Task(abc.ABC):
         """What the user should know about it before training; empty if the rows say it all."""
         return ""
 
+    def line(self, reference: str) -> str:
+        """Returns `note` with what answers are compared with, if they are."""
+        return f"{self.note}; compared with {reference}" if self.needs_reference else self.note
+
     @property
     def trainer(self) -> TrainerKind:
         """The Trainer that trains it."""

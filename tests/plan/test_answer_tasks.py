@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import lorakin as lk
 from lorakin.family import method_named
 from lorakin.plan.conditions import Conditions
-from lorakin.plan.rehearsal import EVALUATION, FORWARD, SETUP, STEP, RehearsedRun, rehearse_whole
-from lorakin.plan.traced import Traced
-from plan.small import MACHINE, conditions, small
+from lorakin.plan.rehearsal import EVALUATION, FORWARD, STEP, rehearse_whole
+from plan.small import MACHINE, conditions, real_steps, small
 
 
 @pytest.mark.parametrize("task", ["dpo", "orpo", "kto", "reward"])
@@ -24,18 +22,8 @@ def test_plans_are_of_the_real_steps(task: str) -> None:
     method = method_named("lora", {})
     planned = rehearse_whole(where, method, MACHINE)
 
-    learned = where.learned
     torch.manual_seed(0)
-    model = getattr(transformers, learned.auto).from_config(config).train()
-    rows = learned.full_batch(4, 24)
-    batch = {key: tensor for key, tensor in rows.items() if key != "attention_mask"}
-    with Traced(MACHINE, real=True) as traced:
-        traced.see(model.parameters(), "weights")
-        traced.see(model.buffers(), "weights")
-        with traced.phase(SETUP, makes="adapter"):
-            adapter = lk.adapt(model, method, **where.adapt_arguments(model))
-        optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=9)
-        RehearsedRun(model, adapter, optimizer, learned, batch, traced).steps()
+    adapter, traced = real_steps(where, method)
     assert planned.trainable_parameters == adapter.trainable_parameters
     for phase in (FORWARD, STEP):
         real = traced.peaks[phase].total

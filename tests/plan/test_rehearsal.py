@@ -21,7 +21,7 @@ from lorakin.plan.few_layers import rehearse
 from lorakin.plan.meta_model import with_assumed_importance
 from lorakin.plan.rehearsal import FORWARD, SETUP, STEP, RehearsedRun, rehearse_whole
 from lorakin.plan.traced import Traced
-from plan.small import MACHINE, conditions, small
+from plan.small import MACHINE, conditions, real_steps, small
 
 
 @pytest.mark.parametrize("kind", FAMILY, ids=lambda kind: kind.word)
@@ -82,18 +82,8 @@ def test_each_task_takes_what_its_training_takes(task: str, labels: int | None) 
     method = method_named("lora", {})
     planned = rehearse_whole(where, method, MACHINE)
 
-    learned = where.learned
-    assert learned.word == task
-    model = getattr(transformers, learned.auto).from_config(config).train()
-    rows = learned.full_batch(4, 24)
-    batch = {key: t for key, t in rows.items() if key != "attention_mask"}
-    with Traced(MACHINE, real=True) as traced:
-        traced.see(model.parameters(), "weights")
-        traced.see(model.buffers(), "weights")
-        with traced.phase(SETUP, makes="adapter"):
-            adapter = lk.adapt(model, method, **where.adapt_arguments(model))
-        optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=9)
-        RehearsedRun(model, adapter, optimizer, learned, batch, traced).steps()
+    assert where.learned.word == task
+    adapter, traced = real_steps(where, method)
     assert planned.trainable_parameters == adapter.trainable_parameters
     for phase in (FORWARD, STEP):
         real = traced.peaks[phase].total

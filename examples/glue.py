@@ -46,7 +46,9 @@ BENCHMARKS = (
     Benchmark("rte", "minilm", f"{CLASSIFIER} --epochs 3", ("accuracy",)),
     Benchmark("cola", "minilm", f"{CLASSIFIER} --epochs 3", ("matthews", "accuracy")),
     Benchmark("sst2", "minilm", f"{CLASSIFIER} --epochs 2", ("accuracy",)),
-    Benchmark("e2e", "smollm2", "--lr 1e-3 --batch-size 8 --steps 60", ("bleu", "chrf", "rouge_l", "loss")),
+    Benchmark(
+        "e2e", "smollm2", "--lr 1e-3 --batch-size 8 --steps 60", ("bleu", "chrf", "rouge_l", "loss")
+    ),
 )
 
 

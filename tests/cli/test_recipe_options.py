@@ -35,6 +35,31 @@ def test_nothing_is_given_where_the_user_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-rows", "-3"),
+        ("--lr", "0"),
+        ("--loss-on", "questions"),
+        ("--report-to", "paper"),
+        ("--data-weights", "1,b"),
+        ("--rank-pattern", "q_proj=much"),
+        ("--schedule-arg", "min_lr"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_option(option: str, value: str) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    @recipe_options(*ALL_FIELDS)
+    def command(**flags: Any) -> None:
+        raise AssertionError("the command ran")
+
+    result = CliRunner().invoke(app, [option, value])
+    assert isinstance(result.exception, lk.SettingError)
+    assert str(result.exception).startswith(option)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["-m", "x", "--rank", "8", "--lr", "2e-4"], {"model": "x", "rank": 8, "lr": 2e-4}),

@@ -21,7 +21,7 @@ import typer
 
 from lorakin.errors import SettingError
 from lorakin.training.formats import NAMES
-from lorakin.training.recipe import Recipe, kinds, option_of
+from lorakin.training.recipe import Recipe, field_value, kinds, option_of
 from lorakin.training.recipe_option import PANELS, Option
 from lorakin.training.recipe_values import plain
 
@@ -171,17 +171,18 @@ def _fields(names: Sequence[str], raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that the user gave, as `Recipe` takes them.
 
     Raises:
-        SettingError: a text is not NAME=VALUE, or an option and its --no- are given.
+        SettingError: a text is not NAME=VALUE, an option and its --no- are given, or a value does
+            not fit the field.
     """
     from lorakin.training.yaml_values import parse_columns, parse_settings
 
     fields: dict[str, Any] = {}
     for name in names:
-        value, option = raw[name], option_of(name)
+        value = raw[name]
         if raw.get(f"no_{name}"):
             if value is not None:
-                flag = name.replace("_", "-")
-                raise SettingError(f"--{flag} and --no-{flag} contradict each other; give one")
+                flag = _called(name)
+                raise SettingError(f"{flag} and --no-{flag[2:]} contradict each other; give one")
             value = False
         elif not value and isinstance(value, list | None):
             continue
@@ -190,6 +191,16 @@ def _fields(names: Sequence[str], raw: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "columns":
             value = parse_columns(value)
         elif isinstance(value, list):
-            value = parse_settings(value, option.names[0] if option and option.names else "")
-        fields[name] = value
+            value = parse_settings(value, _called(name))
+        fields[name] = value if value is False else field_value(name, value, _called(name))
     return fields
+
+
+def _called(name: str) -> str:
+    """Returns a field's option as messages call it.
+
+    >>> _called("max_rows"), _called("chat_template"), _called("settings")
+    ('--max-rows', '--chat-template', '--set')
+    """
+    option = option_of(name)
+    return option.names[0] if option and option.names else "--" + name.replace("_", "-")

@@ -35,6 +35,8 @@ class Check:
 
 
 Count = Annotated[int, Check("a whole number ≥ 0", lambda value: value >= 0)]
+AtLeastOne = Annotated[int, Check("a whole number ≥ 1", lambda value: value >= 1)]
+NotNegative = Annotated[float, Check("a number ≥ 0", lambda value: value >= 0)]
 Finite = Annotated[float, Check("a finite number", math.isfinite)]
 Positive = Annotated[float, Check("a finite number above 0", lambda value: 0 < value < math.inf)]
 

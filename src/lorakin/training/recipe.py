@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lorakin.errors import SettingError
-from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
+from lorakin.storage.schema import (
+    AtLeastOne,
+    Check,
+    Count,
+    NotNegative,
+    Positive,
+    SchemaError,
+    checked,
+)
 from lorakin.training.formats import NAMES, TASKS
 from lorakin.training.glue import GLUE, task_and_metric
 from lorakin.training.recipe_data import DataSettings
@@ -45,9 +53,7 @@ def _is_day(text: str) -> bool:
         return False
 
 
-AtLeastOne = Annotated[int, Check("a whole number ≥ 1", lambda value: value >= 1)]
 Epochs = Annotated[float, Check("a number above 0, below 1e9", lambda value: 0 < value < 1e9)]
-NotNegative = Annotated[float, Check("a number ≥ 0", lambda value: value >= 0)]
 Warmup = Annotated[float, Check("a share of the steps in [0, 1)", lambda value: 0 <= value < 1)]
 Holdout = Annotated[float, Check("a share between 0 and 1", lambda value: 0 < value < 1)]
 Seed = Annotated[int, Check("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)]
@@ -254,14 +260,8 @@ class Recipe(RunSettings, DataSettings):
     labels: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.loss_on in EARLIER_WORDS:
-            self.loss_on = "answers"
-        for name, kind in kinds().items():
-            value = as_kind(kind, getattr(self, name))
-            try:
-                setattr(self, name, checked(kind, value, name))
-            except SchemaError as error:
-                raise SettingError(str(error)) from None
+        for name in kinds():
+            setattr(self, name, field_value(name, getattr(self, name)))
         self.task, self.metric = task_and_metric(self.task, self.metric, self.data)
         if self.steps is not None and self.epochs is not None:
             raise SettingError("give steps or epochs, not both")
@@ -296,6 +296,35 @@ def kinds() -> dict[str, Any]:
     # Those of `RunSettings` and `DataSettings` last.
     fields = sorted(dataclasses.fields(Recipe), key=lambda field: bool(field.kw_only))
     return {field.name: hints[field.name] for field in fields}
+
+
+def field_value(name: str, value: Any, called: str | None = None) -> Any:
+    """Returns a field's value in the field's type.
+
+    >>> field_value("lr", "2e-4")
+    0.0002
+    >>> field_value("max_rows", -3, called="--max-rows")
+    Traceback (most recent call last):
+        ...
+    lorakin.errors.SettingError: --max-rows is -3, expected a whole number ≥ 1
+
+    Args:
+        name: the field.
+        value: what the user gave.
+        called: the name that the message says; None takes the field's.
+
+    Raises:
+        SettingError: a value of the wrong type or outside its range.
+    """
+    if name == "loss_on" and value in EARLIER_WORDS:
+        value = "answers"
+    kind = kinds()[name]
+    try:
+        return checked(kind, as_kind(kind, value), called or name)
+    except SchemaError as error:
+        # A file can say null; an option that says nothing is left out.
+        message = str(error).removesuffix(" or null") if called else str(error)
+        raise SettingError(message) from None
 
 
 def option_of(name: str) -> Option | None:

@@ -7,10 +7,9 @@ import math
 from typing import Annotated
 
 from lorakin.errors import SettingError
-from lorakin.storage.schema import Check
+from lorakin.storage.schema import AtLeastOne, Check
 from lorakin.training.recipe_option import DATA, Option
 
-AtLeastOne = Annotated[int, Check("a whole number ≥ 1", lambda value: value >= 1)]
 Weight = Annotated[
     float, Check("a number above 0", lambda value: value > 0 and math.isfinite(value))
 ]

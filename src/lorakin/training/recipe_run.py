@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from lorakin.storage.schema import Check
+from lorakin.storage.schema import AtLeastOne, Check, NotNegative
 from lorakin.training.recipe_option import DATA, METHOD, OPTIMISATION, WATCHING, Option
 
 REPORTERS = ("tensorboard", "wandb", "trackio", "mlflow")
 """What `--report-to` knows: transformers' words for them, which are also their packages'."""
 
-AtLeastOne = Annotated[int, Check("a whole number ≥ 1", lambda value: value >= 1)]
-NotNegative = Annotated[float, Check("a number ≥ 0", lambda value: value >= 0)]
 Smoothing = Annotated[float, Check("a share in [0, 1)", lambda value: 0 <= value < 1)]
 Reporters = Annotated[
     list[str],
-    Check(f"of {', '.join(REPORTERS)}", lambda names: all(name in REPORTERS for name in names)),
+    Check(
+        f"some of {', '.join(REPORTERS)}", lambda names: all(name in REPORTERS for name in names)
+    ),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from rich.text import Text as RichText
 from torch import Tensor
 
 from lorakin.errors import DataError, SettingError
-from lorakin.storage.schema import Check, Positive
+from lorakin.storage.schema import NotNegative, Positive
 from lorakin.training.batches import GOOD, AnswerCollator, Row, answer_collator
 from lorakin.training.encoding import Encoded
 from lorakin.training.formats import KTO
@@ -25,7 +25,6 @@ from lorakin.training.tasks.language import Language
 from lorakin.training.tasks.task import Collator, Evaluation, RowAnswers
 from lorakin.training.tasks.trainer_kind import TrainerKind
 
-NotNegative = Annotated[float, Check("a number ≥ 0", lambda value: value >= 0)]
 WITH_KL = "kto"
 """The loss that looks at answers to other prompts."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rich.text import Text as RichText
 from torch import Tensor
 
-from lorakin.storage.schema import Check
+from lorakin.storage.schema import NotNegative
 from lorakin.terminal import visible
 from lorakin.training.batches import SIDES, Row, pad_id, texts_of
 from lorakin.training.encoding import Encoded
@@ -27,8 +27,6 @@ from lorakin.training.tasks.by_row import results_by_row
 from lorakin.training.tasks.preference import judged_pairs
 from lorakin.training.tasks.task import Collator, Evaluation, Loss
 from lorakin.training.tasks.trainer_kind import TrainerKind
-
-Coefficient = Annotated[float, Check("a number ≥ 0", lambda value: value >= 0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Reward(TrlTask):
     named: ClassVar[str] = "Reward"
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin")
-    known: ClassVar[Mapping[str, Any]] = {"center_rewards_coefficient": Coefficient}
+    known: ClassVar[Mapping[str, Any]] = {"center_rewards_coefficient": NotNegative}
 
     @property
     def takes_template(self) -> bool:

@@ -53,6 +53,16 @@ def test_of_a_long_file_the_first_rows(tmp_path: Path, write_rows: Callable[...,
     )
 
 
+def test_of_rows_with_labels_more_are_held_out(
+    tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    labelled = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(8000)]
+    parts = split_into(tmp_path / "labels", write_rows(labelled), None, 8, every)
+    assert (parts.train, parts.tune, parts.report) == (6464, 512, 1024)
+    parts = split_into(tmp_path / "answers", write_rows(rows(8000)), None, 8, every)
+    assert (parts.train, parts.tune, parts.report) == (7616, 128, 256)
+
+
 def test_what_is_there_twice_is_taken_once(tmp_path: Path, write_rows: Callable[..., str]) -> None:
     parts = split_into(tmp_path / "data", write_rows(rows(100) + rows(60)), None, 8, every)
     assert "60" in parts.left_out

@@ -108,6 +108,7 @@ class ResultRow:
         seconds: the seconds of the whole trial.
         peak_bytes: the memory that training added to the process at its peak.
         losses: the training loss of each step.
+        curve: (step, loss on the tuning rows) where a recipe evaluates during the run.
         layers: path → `norm`, `relative`, `rank` (see `observe.change_norms`).
         moves: (step, path → (ΔM, ΔD)) at a few steps (see
             `observe.magnitude_direction_changes`).
@@ -134,6 +135,7 @@ class ResultRow:
     seconds: Seconds = 0.0
     peak_bytes: Count = 0
     losses: list[Figure] = dataclasses.field(default_factory=list)
+    curve: list[tuple[Count, Figure]] = dataclasses.field(default_factory=list)
     layers: Changes = dataclasses.field(default_factory=dict)
     moves: list[tuple[Count, dict[str, tuple[Figure, Figure]]]] = dataclasses.field(
         default_factory=list

@@ -26,6 +26,9 @@ from lorakin.training.records import Record
 
 TRAIN, TUNE, REPORT = "train.jsonl", "tune.jsonl", "report.jsonl"
 LEAST_HELD, MOST_TUNE, MOST_REPORT = 16, 128, 256
+MORE_WITH_LABELS = 4
+"""So many times more rows are held out where a row has a label: it tells less than an answer of
+many tokens, and takes less time."""
 LABEL_OF: dict[str, Callable[[Record], Any]] = {
     CLASSIFICATION: Record.label,
     MULTI_LABEL: Record.label_set,
@@ -111,8 +114,9 @@ def split_into(
     left_out = ", ".join(f"{count:,} rows {why}" for why, count in counts.items() if count)
 
     random.Random(0).shuffle(remaining)
-    tune = _share(len(remaining), 0.1, MOST_TUNE)
-    held_out = tune + (0 if report else _share(len(remaining), 0.15, MOST_REPORT))
+    times = MORE_WITH_LABELS if rows.has_labels else 1
+    tune = _share(len(remaining), 0.1, times * MOST_TUNE)
+    held_out = tune + (0 if report else _share(len(remaining), 0.15, times * MOST_REPORT))
     if len(remaining) < held_out + max(batch, LEAST_HELD):
         without = f" ({left_out})" if left_out else ""
         or_eval = "" if eval_name else ", or rows to report on with --eval-data"

@@ -158,6 +158,7 @@ def _train(job: TrialJob, row: ResultRow) -> ResultRow:
         frozen=sum(p.numel() for p in adapter.parameters() if not p.requires_grad),
         adapter_bytes=result.adapter_bytes,
         losses=_losses(prepared.out),
+        curve=_curve(prepared.out),
         layers=_rounded(observe.change_norms(adapter)),
         moves=_rounded(
             [
@@ -199,6 +200,16 @@ def _losses(out: Path) -> list[float]:
     """Returns the training loss of each step."""
     rows = Metrics(out / METRICS, writes=False).rows()
     return [round(row["loss"], 5) for row in rows if "loss" in row]
+
+
+def _curve(out: Path) -> list[tuple[int, float]]:
+    """Returns the loss on the tuning rows at each evaluation during the run."""
+    rows = Metrics(out / METRICS, writes=False).rows()
+    return [
+        (row["step"], round(row["eval_loss"], 5))
+        for row in rows
+        if "eval_loss" in row and row["step"]
+    ]
 
 
 def _rounded(value: Any) -> Any:

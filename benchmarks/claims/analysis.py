@@ -1,0 +1,147 @@
+"""What the trials show: differences with intervals, equivalence, ranks over tasks.
+
+A difference of two arms on one task is `paired_difference` of `lorakin compare`: by seed, on the same
+rows, with an interval over other seeds and other rows. Over several tasks it is the mean of the
+tasks' differences in points; their errors are independent, so the half widths add as squares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.claims.tasks import Task
+from lorakin.compare.estimates import Estimate, holm
+from lorakin.compare.report_answers import LOSS, sign_of
+from lorakin.compare.results import ResultRow
+from lorakin.compare.standings import Standing, paired_difference
+
+BETTER, WORSE, SAME, UNKNOWN = "better", "worse", "the same", "not told apart"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far an arm is ahead of another, in points or, for a loss, in nats.
+
+    Attributes:
+        mean: positive where the first is better.
+        half: half the width of the 95 % interval.
+        margin: what counts as a difference: a point, or 0.02 nats.
+        p: the p-value against 0.
+        seeds, rows: how many the interval covers.
+    """
+
+    mean: float
+    half: float
+    margin: float
+    p: float
+    seeds: int
+    rows: int
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return self.mean + self.half
+
+    @property
+    def verdict(self) -> str:
+        """What the interval shows.
+
+        "the same": it lies within ± the margin. That is a test of equivalence at 2.5 % on each
+        side, which is stricter than the usual one (Schuirmann 1987: two tests at 5 %).
+        """
+        if self.low > -self.margin and self.high < self.margin:
+            return SAME
+        if self.low > 0:
+            return BETTER
+        return WORSE if self.high < 0 else UNKNOWN
+
+    @property
+    def is_no_worse(self) -> bool:
+        """Whether the interval leaves out being worse by the margin."""
+        return self.low > -self.margin
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """A task and where its arms stand."""
+
+    task: Task
+    standings: Mapping[str, Standing]
+    sweeps: Sequence[ResultRow]
+
+    @property
+    def unit(self) -> float:
+        """A point in the measure: 0.01, or 1 for a loss in nats."""
+        return 1.0 if self.task.measure == LOSS else 0.01
+
+    def difference(self, name: str, other: str = "lora") -> Difference | None:
+        """Returns how far an arm is ahead of another; None if one of them has no runs."""
+        if name not in self.standings or other not in self.standings:
+            return None
+        rows, others = self.standings[name].rows, self.standings[other].rows
+        found = paired_difference(rows, others, self.task.measure)
+        return None if found is None else self._in_units(found)
+
+    def _in_units(self, found: Estimate) -> Difference:
+        return Difference(
+            found.mean / self.unit,
+            found.half_width / self.unit,
+            self.task.target / self.unit,
+            found.p,
+            found.count,
+            found.rows,
+        )
+
+    def quality(self, name: str) -> float:
+        """Returns an arm's mean figure, higher for the better one; NaN without runs."""
+        standing = self.standings.get(name)
+        if standing is None or standing.quality is None:
+            return math.nan
+        return sign_of(self.task.measure) * standing.quality.mean / self.unit
+
+
+def over_tasks(differences: Sequence[Difference]) -> Difference:
+    """Returns the mean of differences on several tasks, in one unit."""
+    count = len(differences)
+    mean = float(np.mean([d.mean for d in differences]))
+    half = math.hypot(*(d.half for d in differences)) / count
+    # The p-value of a normal variable with this interval.
+    z = abs(mean) / half * stats.norm.isf(0.025) if half else math.inf
+    return Difference(
+        mean, half, max(d.margin for d in differences), float(2 * stats.norm.sf(z)),
+        min(d.seeds for d in differences), sum(d.rows for d in differences),
+    )  # fmt: skip
+
+
+def corrected(differences: Mapping[str, Difference]) -> dict[str, float]:
+    """Returns the p-values of several methods, corrected for their number by Holm's procedure."""
+    return holm({name: d.p for name, d in differences.items()})
+
+
+def ranks(evidence: Sequence[Evidence], names: Sequence[str]) -> dict[str, float]:
+    """Returns each arm's mean rank over the tasks; 1 is the best."""
+    table = np.array([[-e.quality(name) for name in names] for e in evidence])
+    mean = stats.rankdata(table, axis=1).mean(axis=0)
+    return dict(zip(names, (float(x) for x in mean), strict=True))
+
+
+def critical_difference(arms: int, tasks: int) -> float:
+    """Returns the difference of mean ranks that Nemenyi's test sees at 5 %.
+
+    Demšar, Statistical Comparisons of Classifiers over Multiple Data Sets (JMLR 7, 2006), 3.2.2.
+
+    >>> round(critical_difference(arms=5, tasks=30), 3)  # there: q = 2.728 for five
+    1.114
+    """
+    q = stats.studentized_range.isf(0.05, arms, np.inf) / math.sqrt(2)
+    return float(q * math.sqrt(arms * (arms + 1) / (6 * tasks)))

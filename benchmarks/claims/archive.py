@@ -1,0 +1,87 @@
+"""The study's rows as they are committed: every trial, with what the page is made from.
+
+One file for each task, docs/evidence/claims/TASK.jsonl.xz: a line of JSON for each trial, as in the
+results.jsonl of `lorakin compare`. To keep it at a few megabytes, answers to single rows are kept at
+each arm's best rate only, and the changes of weights for the arms that a claim is about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import lzma
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakin.compare.next_trials import rows_at_best_rate
+from lorakin.compare.results import ResultRow
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "evidence" / "claims"
+MOVES_OF = ("lora", "dora", "full")
+"""Arms whose changes of magnitude and direction are kept."""
+HEAD = "study"
+"""The key of the first line, which says how the task was run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """The trials of a task, and how they were run.
+
+    Attributes:
+        how: versions, the machine, the rows of each part, the steps, the measure.
+        rows: the trials.
+    """
+
+    how: dict[str, Any]
+    rows: list[ResultRow]
+
+
+def path_of(task: str, folder: Path = FOLDER) -> Path:
+    """Returns the file of a task."""
+    return folder / f"{task}.jsonl.xz"
+
+
+def save(task: str, archive: Archive, folder: Path = FOLDER) -> Path:
+    """Writes the rows of a task, without what the page does not need."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = shortened(archive.rows, str(archive.how["measure"]))
+    lines = [json.dumps({HEAD: archive.how}), *(row.as_json() for row in rows)]
+    file = path_of(task, folder)
+    file.write_bytes(lzma.compress("".join(line + "\n" for line in lines).encode(), preset=9))
+    return file
+
+
+def load(task: str, folder: Path = FOLDER) -> Archive:
+    """Reads the rows of a task."""
+    text = lzma.decompress(path_of(task, folder).read_bytes()).decode()
+    first, *lines = text.splitlines()
+    return Archive(json.loads(first)[HEAD], [ResultRow.from_json(line) for line in lines])
+
+
+def shortened(rows: Sequence[ResultRow], measure: str) -> list[ResultRow]:
+    """Returns the rows with fewer figures (see the top of this file)."""
+    best = {
+        row.trial
+        for arm in {row.trial.arm for row in rows}
+        for row in rows_at_best_rate(arm, rows, measure)
+    }
+    return [_shortened(row, row.trial in best) for row in rows]
+
+
+def _shortened(row: ResultRow, is_best: bool) -> ResultRow:
+    answers = row.answers if is_best else None
+    if answers is not None:
+        # A class says enough of a row; where a row has many tokens, its loss is what counts.
+        digits = 2 if answers.given else 4
+        losses = [float(f"{loss:.{digits}g}") for loss in answers.losses]
+        answers = dataclasses.replace(answers, losses=losses)
+    keeps_moves = is_best and row.trial.arm in MOVES_OF
+    return dataclasses.replace(
+        row,
+        answers=answers,
+        layers={},
+        moves=row.moves if keeps_moves else [],
+        losses=[float(f"{loss:.3g}") for loss in row.losses],
+    )

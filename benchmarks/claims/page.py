@@ -1,0 +1,100 @@
+"""Makes the page of the claims, its pictures, and the figures that `lorakin compare` starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.claims import archive, pictures
+from benchmarks.claims.analysis import Difference, Evidence, corrected
+from benchmarks.claims.arms import MEMBERS, STARTS
+from benchmarks.claims.statements import STATEMENTS, unit_of, written
+from benchmarks.claims.tasks import TASKS, Task
+from lorakin.compare.arms import Arm
+from lorakin.compare.figures import with_interval
+from lorakin.compare.standings import Standing, standings_of
+
+BEGIN, END = "<!-- made by: python -m benchmarks.claims page -->", "<!-- end -->"
+"""What stands between these lines of the page is made again."""
+METHODS = (*MEMBERS, *STARTS)
+
+
+def evidence_of(task: Task, arms: Sequence[Arm], kept: archive.Archive) -> Evidence:
+    """Returns where the arms of a task stand, from its rows."""
+    standings = standings_of(arms, kept.rows, task.measure)
+    return Evidence(task, {s.arm.name: s for s in standings if s.done}, kept.rows)
+
+
+def write(page: Path, evidence: Sequence[Evidence], hows: Sequence[dict[str, object]]) -> None:
+    """Writes the made part of the page, and the pictures beside the rows."""
+    content = page.read_text(encoding="utf-8")
+    before, rest = content.split(BEGIN)
+    _, after = rest.split(END)
+    lines = "\n".join(made(evidence, hows))
+    page.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}", encoding="utf-8")
+    folder = archive.FOLDER
+    done = [name for name in METHODS if all(name in e.standings for e in evidence)]
+    pictures.pareto(evidence, done, folder / "pareto.png")
+    if len(evidence) > 1:
+        pictures.critical_differences(evidence, done, folder / "ranks.png")
+    pictures.curves(evidence, done, folder / "curves.png")
+
+
+def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, object]]) -> Iterator[str]:
+    """Yields the lines of the made part: the claims, then each task."""
+    yield "| | claim | paper | measured here | verdict |"
+    yield "|---|---|---|---|---|"
+    for one in STATEMENTS:
+        shown, verdict = one.measured(evidence)
+        yield f"| {one.member} | {one.claim} | {one.paper} | {shown or '–'} | {verdict} |"
+    for e, how in zip(evidence, hows, strict=True):
+        yield ""
+        yield f"### {e.task.title}"
+        yield ""
+        yield said_of(how)
+        yield ""
+        yield from arms_table(e)
+
+
+def said_of(how: dict[str, object]) -> str:
+    """Says how a task was run."""
+    return (
+        f"{how['model']}, {how['steps']} steps of {how['batch']} rows, {how['seeds']} seeds; "
+        f"{how['train']:,} rows to train on, {how['tune']:,} to choose rates by, {how['report']:,} "
+        f"to report on. {how['machine']}."
+    )
+
+
+def arms_table(e: Evidence) -> Iterator[str]:
+    """Yields a task's table of arms."""
+    unit = unit_of(e)
+    members = {name: d for name in METHODS if (d := e.difference(name)) is not None}
+    members.pop("lora", None)
+    p = corrected({n: d for n, d in members.items() if math.isfinite(d.half)})
+    yield (
+        f"| arm | {e.task.measure} | ahead of lora, {unit} | p (Holm) | verdict | rate | trained "
+        "| time | memory |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, s in e.standings.items():
+        yield f"| {' | '.join(_cells(e, name, s, unit, p.get(name)))} |"
+
+
+def _cells(e: Evidence, name: str, s: Standing, unit: str, p: float | None) -> Iterator[str]:
+    d = e.difference(name) if name != "lora" else None
+    known = d is not None and math.isfinite(d.half)
+    yield s.arm.title
+    yield "–" if s.quality is None else with_interval(s.quality, e.task.measure)
+    yield written(d, unit) if isinstance(d, Difference) and known else "–"
+    yield "–" if p is None else f"{p:.2g}"
+    yield d.verdict if isinstance(d, Difference) and known else "–"
+    yield f"{s.lr:g}{' (edge)' if s.at_edge else ''}" if s.lr else "–"
+    yield f"{s.trained:,}" if s.lr and s.trained else "–"
+    for ratio in (s.time, s.memory):
+        yield f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "–"
+
+
+def tasks_kept() -> list[Task]:
+    """Returns the tasks whose rows are committed."""
+    return [task for task in TASKS if archive.path_of(task.name).is_file()]

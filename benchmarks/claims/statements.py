@@ -1,0 +1,295 @@
+"""The survey's claims, each with the paper's figure and a verdict on it from the study.
+
+Verdicts: **shown** (the interval proves it), **refuted** (the interval proves the opposite, or that
+the difference is smaller than a point), **not told apart**, **not testable here**.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+from benchmarks.claims.analysis import BETTER, SAME, WORSE, Difference, Evidence, over_tasks
+from lorakin.compare.report_answers import LOSS
+from lorakin.report.magnitude_direction import Point, correlation
+
+SHOWN, REFUTED, OPEN = "shown", "refuted", "not told apart"
+SAVES = 0.95
+"""An arm that needs at most this part of LoRA's time or memory needs less."""
+
+Found = tuple[str, str]
+"""What was measured, and the verdict."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """A claim.
+
+    Attributes:
+        member: the member that it is about.
+        claim: in our words.
+        paper: the paper's figure and setting.
+        measured: returns what was measured and the verdict.
+    """
+
+    member: str
+    claim: str
+    paper: str
+    measured: Callable[[Sequence[Evidence]], Found]
+
+
+def written(d: Difference, unit: str) -> str:
+    """Writes a difference with its interval, as +0.4 (−0.3 to +1.1)."""
+
+    def signed(value: float) -> str:
+        digits = 1 if unit == "points" else 3
+        return f"{value:+.{digits}f}".replace("-", "−")
+
+    return f"{signed(d.mean)} ({signed(d.low)} to {signed(d.high)})"
+
+
+def unit_of(e: Evidence) -> str:
+    """Returns the unit of a task's differences."""
+    return "nats" if e.task.measure == LOSS else "points"
+
+
+def differences(evidence: Sequence[Evidence], name: str, other: str) -> dict[str, Difference]:
+    """Returns task → how far an arm is ahead of another there."""
+    found = {e.task.title: e.difference(name, other) for e in evidence}
+    return {title: d for title, d in found.items() if d is not None and math.isfinite(d.half)}
+
+
+def compared(evidence: Sequence[Evidence], name: str, other: str) -> tuple[str, list[Difference]]:
+    """Returns the differences in words, and those that decide: the mean over GLUE, and each loss."""
+    by_task = differences(evidence, name, other)
+    kinds = {e.task.title: unit_of(e) for e in evidence}
+    points = [d for title, d in by_task.items() if kinds[title] == "points"]
+    losses = [d for title, d in by_task.items() if kinds[title] == "nats"]
+    parts = [f"{title} {written(d, kinds[title])}" for title, d in by_task.items()]
+    deciding = [*([over_tasks(points)] if points else []), *losses]
+    if len(points) > 1:
+        parts.insert(0, f"**mean of {len(points)} tasks {written(deciding[0], 'points')} points**")
+    return "; ".join(parts), deciding
+
+
+def better(name: str, other: str = "lora") -> Callable[[Sequence[Evidence]], Found]:
+    """Judges that an arm is better than another."""
+
+    def measured(evidence: Sequence[Evidence]) -> Found:
+        shown, deciding = compared(evidence, name, other)
+        return shown, _judged(deciding, holds={BETTER}, fails={SAME, WORSE})
+
+    return measured
+
+
+def on_par(name: str, other: str = "lora") -> Callable[[Sequence[Evidence]], Found]:
+    """Judges that an arm is no worse than another by a point."""
+
+    def measured(evidence: Sequence[Evidence]) -> Found:
+        shown, deciding = compared(evidence, name, other)
+        if deciding and all(d.is_no_worse for d in deciding):
+            return shown, SHOWN
+        lost = any(d.high < -d.margin for d in deciding)
+        return shown, REFUTED if lost else OPEN
+
+    return measured
+
+
+def below(name: str, other: str = "lora") -> Callable[[Sequence[Evidence]], Found]:
+    """Judges that an arm is worse than another."""
+
+    def measured(evidence: Sequence[Evidence]) -> Found:
+        shown, deciding = compared(evidence, name, other)
+        return shown, _judged(deciding, holds={WORSE}, fails={SAME, BETTER})
+
+    return measured
+
+
+def equal(name: str, other: str) -> Callable[[Sequence[Evidence]], Found]:
+    """Judges that two arms are the same within a point."""
+
+    def measured(evidence: Sequence[Evidence]) -> Found:
+        shown, deciding = compared(evidence, name, other)
+        return shown, _judged(deciding, holds={SAME}, fails={BETTER, WORSE})
+
+    return measured
+
+
+def _judged(deciding: Sequence[Difference], holds: set[str], fails: set[str]) -> str:
+    """Returns one verdict for all that decides, or one for each where they differ."""
+    words = [
+        SHOWN if d.verdict in holds else REFUTED if d.verdict in fails else OPEN for d in deciding
+    ]
+    if len(set(words)) == 1:
+        return words[0]
+    return "mixed: " + ", ".join(words) if words else OPEN
+
+
+def share_of(name: str, figure: str, most: float) -> Callable[[Sequence[Evidence]], Found]:
+    """Judges that an arm has at most a part of LoRA's trained parameters, time or memory."""
+
+    def measured(evidence: Sequence[Evidence]) -> Found:
+        shares = {e.task.title: ratio(e, name, figure) for e in evidence}
+        known = {title: share for title, share in shares.items() if share is not None}
+        shown = "; ".join(f"{title} {share:.2f}" for title, share in known.items())
+        held = [share <= most for share in known.values()]
+        verdict = SHOWN if all(held) else REFUTED if not any(held) else f"on {sum(held)} tasks"
+        return shown, verdict if held else OPEN
+
+    return measured
+
+
+def ratio(e: Evidence, name: str, figure: str) -> float | None:
+    """Returns an arm's `trained`, `time` or `memory` as a multiple of plain LoRA's."""
+    standing, plain = e.standings.get(name), e.standings["lora"]
+    if standing is None or not standing.done:
+        return None
+    if figure == "trained":
+        return (standing.trained or 0) / (plain.trained or 1)
+    found = getattr(standing, figure)
+    return None if found is None else float(found.median)
+
+
+def sooner(name: str, least: float) -> Callable[[Sequence[Evidence]], Found]:
+    """Judges that an arm reaches LoRA's last held-out loss in fewer steps.
+
+    For each seed: LoRA's steps over the steps at which the arm's curve falls below LoRA's best loss,
+    between evaluations on a straight line. Where it never does, the seed counts as 1 over "never".
+    """
+
+    def measured(evidence: Sequence[Evidence]) -> Found:
+        parts, judged = [], []
+        for e in evidence:
+            found = [gain for gain in gains(e, name) if gain is not None]
+            missed = len(gains(e, name)) - len(found)
+            if not found or missed > len(found):
+                parts.append(f"{e.task.title} never in {missed} of {missed + len(found)} runs")
+                judged.append(False)
+                continue
+            low, high = min(found), max(found)
+            mean = statistics.fmean(found)
+            never = f", never in {missed}" if missed else ""
+            parts.append(f"{e.task.title} {mean:.2f}× ({low:.2f}–{high:.2f}{never})")
+            judged.append(low >= least and not missed)
+        verdict = SHOWN if all(judged) else REFUTED if not any(judged) else OPEN
+        return "; ".join(parts), verdict if judged else OPEN
+
+    return measured
+
+
+def gains(e: Evidence, name: str) -> list[float | None]:
+    """Returns for each seed LoRA's steps over those that an arm needs; None where it never does."""
+    if name not in e.standings:
+        return []
+    plain = {row.trial.seed: row.curve for row in e.standings["lora"].done}
+    found = []
+    for row in e.standings[name].done:
+        curve = plain.get(row.trial.seed)
+        if curve and row.curve:
+            best = min(curve, key=lambda point: point[1])
+            step = reached(row.curve, best[1])
+            found.append(best[0] / step if step else None)
+    return found
+
+
+def reached(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
+    """Returns the step at which a curve falls to a loss, None if it never does.
+
+    >>> reached([(10, 3.0), (20, 2.0)], 2.5)
+    15.0
+    """
+    before: tuple[float, float] | None = None
+    for step, value in curve:
+        if value <= loss:
+            if before is None or before[1] == value:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = (step, value)
+    return None
+
+
+def correlations(part: str) -> Callable[[Sequence[Evidence]], Found]:
+    """Judges that LoRA's changes of magnitude and direction go together, the others' do not."""
+
+    def measured(evidence: Sequence[Evidence]) -> Found:
+        parts, judged = [], []
+        for e in evidence:
+            found = [magnitude_direction(e, name, part) for name in ("full", "lora", "dora")]
+            if all(r is not None for r in found):
+                full, plain, split = (r for r in found if r is not None)
+                parts.append(f"{e.task.title} {full:+.2f} / {plain:+.2f} / {split:+.2f}")
+                judged.append(full < plain and split < plain)
+        verdict = (
+            SHOWN if all(judged) else REFUTED if not any(judged) else f"on {sum(judged)} tasks"
+        )
+        return "; ".join(parts).replace("-", "−"), verdict if judged else OPEN
+
+    return measured
+
+
+def magnitude_direction(e: Evidence, name: str, part: str) -> float | None:
+    """Returns the mean over seeds of the correlation of ΔM and ΔD over a run."""
+    if name not in e.standings:
+        return None
+    found = []
+    for row in e.standings[name].done:
+        points = [
+            Point(name, "", path, step, *move)
+            for step, moves in row.moves
+            for path, move in moves.items()
+            if part in path
+        ]
+        if points:
+            found.append(correlation(points).r)
+    return statistics.fmean(found) if found else None
+
+
+def ranks_moved(evidence: Sequence[Evidence]) -> Found:
+    """Says where AdaLoRA's ranks go, and whether seeds agree."""
+    parts, judged = [], []
+    for e in evidence:
+        if "adalora" not in e.standings:
+            continue
+        kinds: dict[str, list[int]] = {}
+        for row in e.standings["adalora"].done:
+            for path, rank in row.ranks[-1][1].items() if row.ranks else ():
+                kind = path.removesuffix(".dense").rpartition(".")[2]
+                kinds.setdefault(kind, []).append(rank)
+        if kinds:
+            means = sorted(((statistics.fmean(r), kind) for kind, r in kinds.items()), reverse=True)
+            (high, most), (low, least) = means[0], means[-1]
+            parts.append(f"{e.task.title} {most} {high:.1f}, …, {least} {low:.1f}")
+            judged.append(high > 1.5 * low)
+    verdict = SHOWN if all(judged) else REFUTED if not any(judged) else f"on {sum(judged)} tasks"
+    return "; ".join(parts), verdict if judged else OPEN
+
+
+STATEMENTS: Sequence[Statement] = (
+    Statement("lora", "LoRA is on par with full fine-tuning", "RoBERTa-base on GLUE: 86.6 and 85.2", on_par("lora", "full")),
+    Statement("lora+", "LoRA+ is better than LoRA", "1–2 % (abstract)", better("lora+")),
+    Statement("lora+", "LoRA+ needs half of LoRA's steps", "up to about 2× (abstract)", sooner("lora+", 1.5)),
+    Statement("lora+", "LoRA+ is LoRA with alpha × 16 (theory, Adam)", "none", equal("lora+", "lora-alpha-x16")),
+    Statement("vera", "VeRA trains 97 % fewer parameters", "GPT-3, rank 16: 3.1 % are left", share_of("vera", "trained", 0.031)),
+    Statement("vera", "VeRA is slightly below LoRA", "GLUE: 85.2 and 86.6; E2E: ahead", below("vera")),
+    Statement("vera", "VeRA is better than LoRA with as many parameters", "none", better("vera", "lora-few")),
+    Statement("lora-fa", "LoRA-FA trains half of LoRA's parameters", "half", share_of("lora-fa", "trained", 0.5)),
+    Statement("lora-fa", "LoRA-FA is on par with LoRA", "on par", on_par("lora-fa")),
+    Statement("lora-fa", "LoRA-FA needs less memory", "up to 1.4× less", share_of("lora-fa", "memory", SAVES)),
+    Statement("lora-drop", "LoRA-drop keeps half of the modules and is on par", "on par at about 50 %", on_par("lora-drop")),
+    Statement("lora-drop", "LoRA-drop takes less time", "much less (third parties)", share_of("lora-drop", "time", SAVES)),
+    Statement("lora-drop", "The modules it chooses are better than random ones", "better", better("lora-drop", "lora-drop-random-1")),
+    Statement("adalora", "AdaLoRA is better than LoRA at one final budget", "better", better("adalora")),
+    Statement("adalora", "AdaLoRA moves ranks to where they matter", "yes", ranks_moved),
+    Statement("dora", "DoRA is better than LoRA", "LLaMA-7B: 78.4 and 74.7 (76.3 in the authors' later list)", better("dora")),
+    Statement("dora", "DoRA at half of LoRA's rank is better than LoRA", "LLaMA-7B: 77.5 and 74.7", better("dora-half-rank")),
+    Statement("dora", "ΔM and ΔD of query weights: full / LoRA / DoRA", "−0.62 / +0.83 / −0.31", correlations("q")),
+    Statement("delta-lora", "Delta-LoRA is better than LoRA", "better", better("delta-lora")),
+    Statement("delta-lora", "Delta-LoRA is LoRA with alpha × 3 (theory, Adam, K = 0)", "none", equal("delta-lora", "lora-alpha-x3")),
+    Statement("pissa", "PiSSA is better than LoRA", "better", better("pissa")),
+    Statement("olora", "OLoRA is better than LoRA", "better", better("olora")),
+    Statement("lora-xs", "LoRA-XS is on par with LoRA", "on par", on_par("lora-xs")),
+    Statement("eva", "EVA is better than LoRA", "better", better("eva")),
+    Statement("lora-ga", "LoRA-GA is better than LoRA", "better", better("lora-ga")),
+)  # fmt: skip

@@ -27,6 +27,7 @@ ROOMS = [
     "public",
     "terminal",
     "waiting",
+    "library_logs",
     "training",
     "plan",
     "serving",

@@ -132,7 +132,7 @@ def test_nothing_that_can_run_is_an_error(model: str, capsys: pytest.CaptureFixt
         (["--memory", "lots"], "memory must be a size with its unit, such as 24GB"),
         (["--method", "lorra"], "unknown method 'lorra'"),
         (["--set", "ratoi=2"], "has no setting 'ratoi'"),
-        (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        (["--batch-size", "0"], "--batch-size is 0, expected a whole number ≥ 1"),
         (["--max-length", "0"], "max_length must be at least 1, not 0"),
         (["--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
         (["--quantize", "int3"], "quantize must be one of nf4, int8, torchao-int8, not 'int3'"),

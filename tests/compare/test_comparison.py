@@ -243,6 +243,18 @@ def test_an_unfinished_comparison_has_a_report_too(finished: Any) -> None:
         )
 
 
+def test_a_comparison_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    comparison = Comparison(model="m", data="d.jsonl", out=str(out), methods=["vera"])
+    with pytest.raises(ZeroDivisionError), directory.locked(comparison):
+        raise ZeroDivisionError
+    assert not out.exists()
+    out.mkdir()
+    with directory.locked(comparison):
+        (out / directory.SETTINGS).touch()
+    assert (out / directory.SETTINGS).exists()
+
+
 def test_two_at_once_in_one_directory_are_refused(tmp_path: Path) -> None:
     comparison = Comparison(model="m", data="d.jsonl", out=str(tmp_path / "out"), methods=["vera"])
     with directory.locked(comparison):

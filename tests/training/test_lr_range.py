@@ -52,6 +52,21 @@ def test_the_steepest_fall_of_a_known_curve() -> None:
         _ = RangeTest(rates.tolist(), rates.tolist()).suggestion
 
 
+def test_noise_suggests_no_rate() -> None:
+    rates, noise = np.geomspace(1e-6, 1.0, 40), np.random.default_rng(0).normal(0.7, 0.05, 40)
+    with pytest.raises(lk.SettingError, match="scatters"):
+        _ = RangeTest(rates.tolist(), noise.tolist()).suggestion
+    falling = noise - np.linspace(0, 0.4, 40)
+    assert RangeTest(rates.tolist(), falling.tolist()).suggestion in rates
+
+
+def test_the_suggestion_lies_below_the_lowest_loss() -> None:
+    """A loss that falls ever faster until the test ends."""
+    rates = np.geomspace(1e-6, 1.0, 40)
+    found = RangeTest(rates.tolist(), (3 - np.geomspace(0.01, 2, 40)).tolist())
+    assert found.suggestion < found.lowest == rates[-1]
+
+
 def test_the_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "rates.png"
     words = ["lr-find", "--model", recipe.model, "--data", recipe.data[0], "--dtype", "float32"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import lorakin as lk
-from lorakin.training import checkpoint_manifest, run_directory
+from lorakin.training import checkpoint_manifest, run_directory, watching
 from lorakin.training import train as training
 from lorakin.training.progress import Metrics
 from lorakin.training.recipe import Recipe
@@ -99,6 +100,8 @@ def test_the_best_step_is_kept_and_found_again_after_a_kill(make: Make, tmp_path
     assert f"kept step {best}" in shown
     assert f"kept step {best}" in (Path(recipe.out) / "README.md").read_text()
     assert same(recipe.out, Path(recipe.out) / "checkpoints" / f"checkpoint-{best}")
+    left = {path.name for path in (Path(recipe.out) / "checkpoints").iterdir()}
+    assert left == {f"checkpoint-{step}" for step in (best, 24, 30)}, "the best beside the last two"
     for name, lost in (("early", [30]), ("at the end", [])):
         out = killed(recipe.out, tmp_path / name, *lost)
         again = resumed(out)
@@ -173,6 +176,26 @@ def test_a_missing_reporter_is_named_before_training(
 
 
 @pytest.mark.usefixtures("pictures")
+def test_of_equal_figures_the_lower_loss_is_better(
+    make: Make, bert_dir: str, write_rows: Write
+) -> None:
+    rows = [{"text": f"the cat sat {n}", "label": "ab"[n % 2]} for n in range(8)]
+    prepared = training.prepare(
+        make(
+            "out", model=bert_dir, data=write_rows(rows), eval_data=write_rows(rows, "held.jsonl")
+        ),
+        Console(quiet=True),
+    )
+
+    def score(accuracy: float, loss: float) -> float:
+        figures = {"eval_accuracy": accuracy, "eval_loss": loss}
+        return watching.score_of(prepared, figures)[watching.SCORE]
+
+    assert score(1.0, 0.2) > score(1.0, 0.4) > score(1.0, 40.0) > score(0.9999, 0.0)
+    assert score(1.0, math.nan) == 1.0
+
+
+@pytest.mark.usefixtures("pictures")
 def test_a_classifier_is_judged_by_its_metric(make: Make, bert_dir: str, write_rows: Write) -> None:
     words = ("cat", "dog", "bird", "tree")
     rows = [
@@ -185,11 +208,15 @@ def test_a_classifier_is_judged_by_its_metric(make: Make, bert_dir: str, write_r
     recipe = make("out", **common, keep="best", metric="matthews")
     result, shown = run(recipe)
     metrics = Metrics(Path(recipe.out) / "metrics.jsonl", writes=False).rows()
-    figures = {row["step"]: row["eval_matthews"] for row in metrics[1:] if "eval_loss" in row}
-    assert result.ending.best_step == max(figures, key=lambda step: figures[step]), (
-        "the first of equals"
-    )
-    assert result.after.metrics["matthews"].value == max(figures.values())
+    figures = {
+        row["step"]: (row["eval_matthews"], -row["eval_loss"])
+        for row in metrics[1:]
+        if "eval_loss" in row
+    }
+    assert len({metric for metric, _ in figures.values()}) < len(figures), "else none are equal"
+    assert result.ending.best_step == max(figures, key=lambda step: figures[step])
+    assert result.after.metrics["matthews"].value == max(figures.values())[0]
+    assert "score" not in shown
     assert "the best by matthews" in shown and "accuracy" in shown
     with pytest.raises(lk.SettingError, match="f2"):
         run(make("other", **common, metric="f2"))

@@ -31,8 +31,9 @@ from lorakin.cli import (
     serve,
     train,
 )
-from lorakin.cli.verbosity import Quiet, Verbose, calm_libraries, chosen, is_first, with_verbosity
+from lorakin.cli.verbosity import Quiet, Verbose, chosen, is_first, with_verbosity
 from lorakin.errors import LorakinError, LorakinWarning
+from lorakin.library_logs import calm_libraries
 from lorakin.terminal import Terminal, labelled, shortened
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C

@@ -85,6 +85,8 @@ def command(
         raise typer.Exit(launching.launch(count, fsdp, zero, sys.argv[1:]))
     console = messages_on(as_json) if processes.is_first() else Terminal(quiet=True)
     effective = resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)
+    if resume and not (Path(effective.out) / RECIPE).is_file():
+        console.print(f"there is no run in {effective.out} to resume, so a new one begins")
     try:
         result = training.train(training.prepare(effective, console, resume))
     except KeyboardInterrupt:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from lorakin.errors import SettingError
+from lorakin.library_logs import let_libraries_log
 from lorakin.terminal import Terminal
 from lorakin.waiting import show_on
 
@@ -26,9 +25,6 @@ Verbose = Annotated[
         "--verbose", "-v", help="Show also what the libraries log, and where an error came from."
     ),
 ]
-
-CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "DeepSpeed")
-"""Libraries that warn of every cast of every layer, or of what they cannot load on import."""
 
 
 @dataclasses.dataclass
@@ -50,7 +46,7 @@ class Verbosity:
             self.verbose = False
             raise SettingError("--quiet and --verbose contradict each other; give one")
         if verbose:
-            _let_libraries_log()
+            let_libraries_log()
 
 
 chosen = Verbosity()
@@ -87,23 +83,3 @@ def with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
-
-
-def calm_libraries() -> None:
-    """Keeps libraries from logging what no user can act on; undoes `_let_libraries_log`."""
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-        # One of them sets its level again, and writes to stdout, where results go.
-        logging.getLogger(name).addFilter(_is_serious)
-
-
-def _let_libraries_log() -> None:
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.NOTSET)
-        logging.getLogger(name).removeFilter(_is_serious)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
-    os.environ["TRANSFORMERS_VERBOSITY"] = "info"  # it is read when transformers is imported
-
-
-def _is_serious(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,7 @@ def locked(comparison: Comparison) -> Iterator[None]:
     """
     out = paths.user_path(comparison.out, "--out")
     check_out(comparison, out)
+    is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = locks.acquire(out / LOCK)
@@ -58,6 +60,9 @@ def locked(comparison: Comparison) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if is_new and {path.name for path in out.iterdir()} <= {LOCK}:
+            # The comparison was refused: nothing of it stays.
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def check_out(comparison: Comparison, out: Path) -> bool:

@@ -57,7 +57,7 @@ def devices_of(text: str) -> list[str]:
     return devices
 
 
-PRELOADED = [trial.__name__, "matplotlib.pyplot"]
+PRELOADED = ["lorakin.compare.forked", trial.__name__, "matplotlib.pyplot"]
 """Imported once, and forked into every trial."""
 
 

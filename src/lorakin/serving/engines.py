@@ -89,7 +89,7 @@ ENGINES: Mapping[str, Engine] = {
             command=commands.tgi,
             asking=commands.by_adapter_id,
             program="text-generation-launcher",
-            install="its container has it: ghcr.io/huggingface/text-generation-inference",
+            install="its container, ghcr.io/huggingface/text-generation-inference",
         ),
         Engine(
             "llama.cpp",

@@ -94,7 +94,9 @@ def _open_file(
         raise DataError(f"there is no data file {path}")
     # Opening a pipe would wait for its writer.
     if not stat.S_ISREG(path.stat().st_mode):
-        raise DataError(f"data {str(path)!r} is not a file")
+        raise DataError(
+            f"data {str(path)!r} is not a file: give one of {', '.join(READERS)}, or several --data"
+        )
     if reader is None:
         raise DataError(
             f"data {str(path)!r}: expected a file ending in {', '.join(READERS)}, "

@@ -173,16 +173,23 @@ def encode(
         DataError: a conversation without a chat template, one that cannot be verified, or no row
             with anything to learn.
     """
-    kept, dropped, cut = list[tuple[str, dict[str, Any]]](), 0, 0
+    kept, dropped, cut, answers = list[tuple[str, dict[str, Any]]](), 0, 0, False
     whole_rows = _encode_rows(rows, tokenizer, loss_on, day)
     for record, whole in zip(rows.records, whole_rows, strict=True):
         is_split = split and isinstance(record.content, PlainText) and not record.content.prompt
         parts = pieces(whole, max_length) if is_split else [_cut(whole, 0, max_length)]
         learned = [(record.where, part) for part in parts if has_answer(part)]
         kept += learned
+        answers = answers or bool(learned) or has_answer(whole)
         dropped += not learned
         cut += bool(learned) and not is_split and learns(whole["labels"][max_length:])
     if not kept:
+        if not answers:
+            raise NothingLearnedError(
+                f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer, "
+                "however long it may be; give rows whose last turn is the assistant's, or a "
+                "completion that is not empty"
+            )
         raise NothingLearnedError(
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer "
             f"within --max-length {max_length} tokens; raise it, if the model has positions for "

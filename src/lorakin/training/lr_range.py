@@ -28,6 +28,10 @@ from lorakin.training.run_trainer import RunTraining, trainer_of
 FEWEST_STEPS = 20
 DIVERGED = 4.0
 """The test ends where the smoothed loss is this many times its smallest value."""
+CLEAR = 3.0
+"""A fall by so many standard deviations of a step's loss is no chance."""
+NORMAL_MEDIAN = 0.6745
+"""The median of a standard normal variable's size."""
 KEPT = 0.8
 """The weight of what came before in the smoothed loss."""
 
@@ -59,17 +63,37 @@ class RangeTest:
     def suggestion(self) -> float:
         """The rate at which the smoothed loss falls fastest, by the logarithm of the rate.
 
+        It lies below the rate of the lowest loss, which is often too high.
+
         Raises:
-            SettingError: it falls nowhere.
+            SettingError: the loss falls nowhere, or by no more than it scatters between steps.
         """
-        until = int(np.argmin(self.smoothed)) + 1
+        smoothed = self.smoothed
+        until = int(np.argmin(smoothed)) + 1
+        between = f"between {self.rates[0]:g} and {self.rates[-1]:g}"
         if until < 3:
             raise SettingError(
-                f"the loss falls at no rate between {self.rates[0]:g} and {self.rates[-1]:g}, so "
-                "there is none to suggest: begin lower with --from, or take more --steps"
+                f"the loss falls at no rate {between}, so there is none to suggest: begin lower "
+                "with --from, or take more --steps"
             )
-        slopes = np.gradient(self.smoothed[:until], np.log(self.rates[:until]))
-        return self.rates[int(np.argmin(slopes))]
+        fall, scatter = smoothed[0] - smoothed[until - 1], self._scatter()
+        if fall < CLEAR * scatter:
+            raise SettingError(
+                f"the loss falls by {fall:.2g} {between}, and from one step to the next it "
+                f"scatters by {scatter:.2g}, so there is no rate to suggest: take more --steps or "
+                "a larger --batch-size, or see whether the labels are right"
+            )
+        slopes = np.gradient(smoothed[:until], np.log(self.rates[:until]))
+        return self.rates[int(np.argmin(slopes[:-1]))]
+
+    def _scatter(self) -> float:
+        """Returns the standard deviation of a step's loss around a smooth curve.
+
+        From the median of the second differences, to which a straight fall and a few large steps
+        add nothing.
+        """
+        second = np.abs(np.diff(self.losses, n=2))
+        return float(np.median(second) / NORMAL_MEDIAN / np.sqrt(6))
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the test for `--json`."""

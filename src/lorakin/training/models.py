@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,7 +175,8 @@ def incomplete(name: str, missing: Sequence[str], model: Any) -> ModelError:
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return ModelError(
         f"model {name!r} lacks {missing[0]}{more} of a {type(model).__name__}, which would be "
-        "random; is it a complete language model?"
+        "random. Its files hold a model without that part, as an encoder's do, which writes no "
+        "text: give rows with labels, or another model"
     )
 
 
@@ -254,10 +256,22 @@ def config_of(name: str, labels: Sequence[str] | None = None) -> Any:
         return gguf_cache.config(place, **task_settings(labels))
     if isinstance(place, Path):
         model_files.check_config(place)
-    with loading.as_model_error(f"model {name!r} has no config that can be read"):
+    with loading.as_model_error(_no_config(name, place)):
         if not isinstance(place, Path):
             model_files.check_values(loading.raw_config(place), f"the config of {name}")
         return loading.config(place, **task_settings(labels))
+
+
+def _no_config(name: str, place: Path | str) -> str:
+    """Returns how the error begins that says why a model's config cannot be read."""
+    if isinstance(place, Path):
+        return f"model {name!r} has no config that can be read"
+    close = difflib.get_close_matches(name, PACKAGED, n=1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return (
+        f"model {name!r} is not one of {', '.join(PACKAGED)} and no directory here, and as a hub "
+        f"id it has no config that can be read{meant}"
+    )
 
 
 def task_settings(labels: Sequence[str] | None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ KINDS: dict[str, Any] = {
 
 NOT_DRAWN = ("eval_loss", "eval_count", "eval_perplexity")
 """Held-out figures that have no curve of their own."""
-NOT_SHOWN = ("eval_count", "eval_perplexity")
+NOT_SHOWN = ("eval_count", "eval_perplexity", "eval_score")
 """Held-out figures that are not in the line while a run lasts."""
 
 

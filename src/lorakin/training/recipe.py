@@ -55,7 +55,14 @@ def _is_day(text: str) -> bool:
 
 Epochs = Annotated[float, Check("a number above 0, below 1e9", lambda value: 0 < value < 1e9)]
 Warmup = Annotated[float, Check("a share of the steps in [0, 1)", lambda value: 0 <= value < 1)]
-Holdout = Annotated[float, Check("a share between 0 and 1", lambda value: 0 < value < 1)]
+Holdout = Annotated[
+    float,
+    Check(
+        "a share above 0 and below 1, for a run is judged by the rows that it holds out; 0.001 "
+        "holds out one row of a thousand",
+        lambda value: 0 < value < 1,
+    ),
+]
 Seed = Annotated[int, Check("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)]
 Day = Annotated[str, Check("a day such as 2026-11-30", _is_day)]
 Layout = Annotated[str, Check(f"one of {', '.join(NAMES)}", NAMES.__contains__)]

@@ -180,8 +180,9 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     for name in given:
         value = getattr(asked, name)
         if value not in checkpoint_manifest.UNDECIDED and value != getattr(recipe, name):
+            called = "--" + name.replace("_", "-") if name in flags else name
             raise SettingError(
-                f"--resume continues {saved}, where {name} is {getattr(recipe, name)!r}, not "
+                f"--resume continues {saved}, where {called} is {getattr(recipe, name)!r}, not "
                 f"{getattr(asked, name)!r}; to change it, start over in another --out"
             )
     return recipe

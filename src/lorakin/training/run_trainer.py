@@ -43,7 +43,7 @@ class RunTraining(AdapterTraining):
         """Returns the held-out figures, and tells the callbacks."""
         # All processes have to decide alike.
         figures = processes.agreed(dict(self.held_out(self.state.global_step)))
-        self.log(dict(figures))
+        self.log({name: value for name, value in figures.items() if name != watching.SCORE})
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, figures
         )
@@ -171,7 +171,6 @@ def arguments(run: PreparedRun) -> dict[str, Any]:
         "include_num_input_tokens_seen": "non_padding",
         "save_strategy": "no" if recipe.save_every == 0 else "steps",
         "save_steps": run.checkpoint_interval,
-        "save_total_limit": 2,
         "report_to": recipe.report_to or "none",
         "run_name": run.out.name,
         "neftune_noise_alpha": recipe.neftune_alpha or None,

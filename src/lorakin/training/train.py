@@ -72,8 +72,9 @@ def _trained(
         evaluation = run.evaluate()
         taken.clear()
         taken[step] = evaluation
-        metrics.add(step, **_as_metrics(evaluation))
-        return _as_metrics(evaluation)
+        figures = _as_metrics(evaluation)
+        metrics.add(step, **figures)
+        return figures | watching.score_of(run, figures)
 
     seen = [Watch(run.console, metrics), Alarms(run.console)] if processes.is_first() else []
     with left_as_it_was(run.loaded.model):

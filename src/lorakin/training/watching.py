@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import transformers
 
@@ -12,6 +13,13 @@ from lorakin.family.settings import require
 from lorakin.training import schedules
 from lorakin.training.metrics import METRICS, check_metric
 from lorakin.training.run import LOSS, Ending, PreparedRun
+
+SCORE: Final = "eval_score"
+"""The name of the number by which the Trainer finds the best step; see `score_of`."""
+TIE = 1e-9
+"""How much of the loss is in a score."""
+KEPT_CHECKPOINTS = 2
+"""How many checkpoints a run keeps, besides the best one."""
 
 
 class EvaluateLastStep(transformers.TrainerCallback):
@@ -49,6 +57,24 @@ def deciding_metric(run: PreparedRun) -> tuple[str, bool]:
     first = LOSS if recipe.schedule in schedules.WATCHERS else (*task.metrics, LOSS)[0]
     name = recipe.metric or first
     return name, name != LOSS and METRICS[name].higher_is_better
+
+
+def score_of(run: PreparedRun, figures: Mapping[str, float]) -> dict[str, float]:
+    """Returns the number by which the Trainer finds the best step, under its name.
+
+    It is the deciding figure; of two steps at which that is equal, the lower loss is better. Two
+    different shares of rows differ by far more than what the loss adds.
+
+    Args:
+        run: what `prepare` made.
+        figures: the held-out figures at a step, named as in the metrics.
+    """
+    name, higher = deciding_metric(run)
+    value, loss = figures[f"eval_{name}"], figures["eval_loss"]
+    if name == LOSS or not math.isfinite(loss):
+        return {SCORE: value}
+    tie = TIE * loss / (1 + abs(loss))
+    return {SCORE: value - tie if higher else value + tie}
 
 
 def check_reporters(names: Sequence[str]) -> None:
@@ -97,13 +123,14 @@ def check(run: PreparedRun) -> None:
 
 def arguments(run: PreparedRun) -> dict[str, Any]:
     """Returns the arguments of transformers' `TrainingArguments` for evaluations."""
-    interval, (metric, higher) = evaluation_interval(run), deciding_metric(run)
+    interval, (_, higher) = evaluation_interval(run), deciding_metric(run)
     if interval is None:
-        return {"eval_strategy": "no"}
+        return {"eval_strategy": "no", "save_total_limit": KEPT_CHECKPOINTS}
     return {
+        "save_total_limit": KEPT_CHECKPOINTS + 1,
         "eval_strategy": "steps",
         "eval_steps": interval,
-        "metric_for_best_model": f"eval_{metric}",
+        "metric_for_best_model": SCORE,
         "greater_is_better": higher,
         "load_best_model_at_end": run.recipe.keep == "best",
         # How many evaluations were no better, and whether that was the end.

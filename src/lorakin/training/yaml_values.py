@@ -50,7 +50,9 @@ def read_yaml(path: Path, what: str = "the recipe") -> Any:
         return yaml.load(content.decode("utf-8"), _Plain)
     except SettingError as error:
         raise SettingError(f"{what}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SettingError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise SettingError(f"{what} {path} cannot be read: {error}") from None
     except UNREADABLE as error:
         raise SettingError(f"{what} {path} is not YAML: {error}") from None

@@ -465,18 +465,17 @@ def test_ctrl_c_in_training_ends_with_130_and_resumes(
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
     )
+    from lorakin.training.trainers import last_checkpoint
+
     deadline = time.time() + 90
-    while (
-        not list((out / "checkpoints").glob("checkpoint-*/trainer_state.json"))
-        and time.time() < deadline
-    ):
+    # One whose manifest is written: an interrupt before that leaves none to resume from.
+    while last_checkpoint(out / "checkpoints") is None and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors
     assert f"lorakin train --resume --out {out}" in shown
-    from lorakin.training.trainers import last_checkpoint
 
     checkpoint = last_checkpoint(out / "checkpoints")
     assert checkpoint

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import gzip
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,8 +13,6 @@ from typing import IO, Any
 import datasets
 import pytest
 import torch
-from rich.console import Console
-from torch import Tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from typer.testing import CliRunner
 
@@ -28,6 +25,7 @@ from lorakin.training.preview import preview, recipe_for
 from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe, write_recipe
+from training.saved import prepared, tensors
 
 Write = Callable[..., str]
 WORDS = "the a cat dog bird sat ran flew on over".split()
@@ -49,18 +47,6 @@ def recipe(model_dir: str, write_rows: Write, tmp_path: Path) -> Recipe:
         model_dir, data, str(tmp_path / "out"), eval_data=held_out, rank=4, lr=1e-2, steps=6,
         dtype="float32", batch_size=4,
     )  # fmt: skip
-
-
-def prepared(recipe: Recipe, resume: bool = False) -> tuple[training.PreparedRun, str]:
-    shown = io.StringIO()
-    run = training.prepare(recipe, Console(file=shown, width=200), resume)
-    return run, shown.getvalue()
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
 def check_resumed(recipe: Recipe, last: int) -> None:

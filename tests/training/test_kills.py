@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from rich.console import Console
 
@@ -31,6 +30,7 @@ from lorakin.training import train as training
 from lorakin.training.models import load_model
 from lorakin.training.recipe import Recipe
 from lorakin.training.trainers import last_checkpoint
+from training.saved import tensors
 
 KILLS = soak.count("LORAKIN_KILLS", 10)
 STEPS = 12
@@ -66,10 +66,6 @@ def start(recipe: Recipe, resume: bool = False, most_bytes: int | None = None) -
     child = children.Process(target=serve, args=(recipe, resume, most_bytes))
     child.start()
     return child
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
 def check_what_is_there(out: Path, recipe: Recipe) -> int:

@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
-from torch import Tensor
 
 import lorakin as lk
 import soak
@@ -25,6 +24,7 @@ from lorakin.family import FAMILY
 from lorakin.training import checkpoint_manifest, probe, run_directory
 from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
+from training.saved import tensors
 
 Write = Callable[..., str]
 WORDS = [member.word for member in FAMILY]
@@ -75,12 +75,6 @@ def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str]:
     text = io.StringIO()
     prepared = training.prepare(recipe, Console(file=text, width=200), resume)
     return training.train(prepared), text.getvalue()
-
-
-def tensors(path: Path) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load_file(path / "adapter_model.safetensors")
 
 
 class Keeping(transformers.TrainerCallback):

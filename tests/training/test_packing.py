@@ -28,6 +28,7 @@ from lorakin.training.preview import preview, recipe_for
 from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.token_labels import IGNORED
+from training.saved import tensors
 
 Write = Callable[..., str]
 WORDS = "the a cat dog bird sat ran flew on over".split()
@@ -211,12 +212,6 @@ def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str]:
 def losses(out: str) -> list[float]:
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(

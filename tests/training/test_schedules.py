@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import transformers
 from rich.console import Console
@@ -24,6 +23,7 @@ from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe
 from lorakin.training.schedules import NAMES, WATCHERS, check, check_evaluations, taken
+from training.saved import tensors
 
 LR, STEPS, WARMUP = 0.02, 6, 0.2
 NEEDED: dict[str, dict[str, Any]] = {
@@ -63,10 +63,6 @@ def recipe(
 
 def run(recipe: Recipe, resume: bool = False) -> None:
     training.train(training.prepare(recipe, Console(quiet=True), resume))
-
-
-def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
 
 
 def rows(folder: str | Path) -> list[dict[str, float]]:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 import lorakin as lk
 import soak
@@ -22,6 +21,7 @@ from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.models import load_model
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe
+from training.saved import same, tensors
 
 Make = Callable[..., Recipe]
 
@@ -44,15 +44,6 @@ PROBED = {"lora-drop": {"keep": 5, "probe_epochs": 1, "sample": 0.5}, "lora-ga":
 
 def run(recipe: Recipe, resume: bool = False) -> training.Result:
     return training.train(training.prepare(recipe, Console(quiet=True), resume))
-
-
-def tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(path) / "adapter_model.safetensors")
-
-
-def same(one: str | Path, other: str | Path) -> bool:
-    first, second = tensors(one), tensors(other)
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize("words", ["dora", "lora+"])

@@ -5,7 +5,6 @@ resumed run sees.
 from __future__ import annotations
 
 import collections
-import io
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,13 +14,12 @@ from typing import IO, Any
 import datasets
 import pytest
 import torch
-from rich.console import Console
-from torch import Tensor
 
 import lorakin as lk
 from lorakin.training import data_files, run_directory, stream
 from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
+from training.saved import prepared, tensors
 
 Write = Callable[..., str]
 WORDS = "the a cat dog bird sat ran flew on over".split()
@@ -47,18 +45,6 @@ def recipe(model_dir: str, write_rows: Write, tmp_path: Path) -> Recipe:
         model_dir, write_rows(rows(30), "many.jsonl"), str(tmp_path / "out"), eval_data=held_out,
         rank=4, lr=1e-2, steps=6, dtype="float32", batch_size=4, streaming=True,
     )  # fmt: skip
-
-
-def prepared(recipe: Recipe, resume: bool = False) -> tuple[training.PreparedRun, str]:
-    shown = io.StringIO()
-    run = training.prepare(recipe, Console(file=shown, width=200), resume)
-    return run, shown.getvalue()
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
 def taken(run: training.PreparedRun, count: int) -> list[list[int]]:

@@ -28,6 +28,7 @@ from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe
 from lorakin.training.tasks import language
 from lorakin.training.with_adapter import load_with_adapter
+from training.saved import tensors
 
 Write = Callable[..., str]
 
@@ -58,12 +59,6 @@ def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str, tra
     console = Console(file=text, width=200)
     prepared = training.prepare(recipe, console, resume)
     return training.train(prepared), text.getvalue(), prepared
-
-
-def tensors(path: Path) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load_file(path / "adapter_model.safetensors")
 
 
 @pytest.mark.usefixtures("pictures")

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 import lorakin as lk
 from lorakin.training import checkpoint_manifest, run_directory, watching
 from lorakin.training import train as training
 from lorakin.training.progress import Metrics
 from lorakin.training.recipe import Recipe
+from training.saved import same
 
 Write = Callable[..., str]
 Make = Callable[..., Recipe]
@@ -52,15 +51,6 @@ def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str]:
 
 def resumed(out: str) -> training.Result:
     return run(run_directory.resumed_recipe(None, {"out": out}), resume=True)[0]
-
-
-def tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(path) / "adapter_model.safetensors")
-
-
-def same(one: str | Path, other: str | Path) -> bool:
-    first, second = tensors(one), tensors(other)
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def held_out(out: str) -> dict[int, float]:

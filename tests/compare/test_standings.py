@@ -135,6 +135,21 @@ def test_what_is_thrifty_lean_or_behind_is_said() -> None:
     assert "behind (by 0.500)" in said
 
 
+def test_what_is_the_same_is_said_and_what_is_only_not_told_apart_is_not() -> None:
+    everything = (
+        rows("lora", [2.0, 2.1, 2.05])
+        + rows("near", [2.001, 2.099, 2.052])
+        + rows("noisy", [2.0, 2.2, 1.95])
+        + rows("worse", [2.03, 2.131, 2.079])
+    )
+    found = standings_of([PLAIN, *map(arm, ("near", "noisy", "worse"))], everything, "loss")
+    (said,) = [sentence for sentence in verdict(found, "loss") if "The same as" in sentence]
+    assert "0.020: near (" in said
+    unit = [dataclasses.replace(row, report={"reward_margin": 1.0}) for row in everything]
+    found = standings_of([PLAIN, arm("near")], unit, "reward_margin")
+    assert not any("The same as" in sentence for sentence in verdict(found, "reward_margin"))
+
+
 def test_where_there_is_nothing_to_learn_the_verdict_says_so_first() -> None:
     everything = rows("lora", [2.0, 2.1]) + rows("x", [2.0, 2.3]) + [base(2.06)]
     plain, other, bare = standings_of([PLAIN, arm("x"), BARE], everything, "loss")

@@ -5,7 +5,21 @@ from __future__ import annotations
 import math
 
 from lorakin.compare.estimates import Estimate
-from lorakin.compare.report_answers import is_share
+from lorakin.compare.report_answers import CORRELATIONS, LOSS, is_share
+
+POINT, NATS = 0.01, 0.02
+"""Differences that do not matter: a point of a share or a correlation, and of a loss in nats."""
+
+
+def margin_of(measure: str) -> float | None:
+    """Returns the size below which a difference is none; None for a measure without such a size.
+
+    >>> margin_of("accuracy"), margin_of("loss"), margin_of("reward_margin")
+    (0.01, 0.02, None)
+    """
+    if measure == LOSS:
+        return NATS
+    return POINT if is_share(measure) or measure in CORRELATIONS else None
 
 
 def amount(value: float, measure: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from lorakin.compare.arms import BASE, CONTROL, FULL, HEAD, MEMBER, PLAIN
 from lorakin.compare.constant import CONSTANT
 from lorakin.compare.estimates import Estimate
-from lorakin.compare.figures import amount, interval, percent, plus_minus
+from lorakin.compare.figures import amount, interval, margin_of, percent, plus_minus
 from lorakin.compare.learned import (
     no_better_than_head,
     nothing_learned,
@@ -49,6 +49,7 @@ def verdict(standings: Sequence[Standing], measure: str) -> list[str]:
         *_headroom(standings),
         *([said_of_head(standings, measure)] if by_head else []),
         _leaders(members, reference.quality, measure),
+        *_same(members, measure),
         *_worse(members, measure),
         *([] if by_head else [*_thrifty(members, reference), *_lean(members)]),
         *said_of_constant_runs(standings),
@@ -114,6 +115,21 @@ def _unseen(members: Sequence[Standing], plain: Estimate, measure: str) -> str:
         f"With {plain.count} seeds{rows}, most differences below about {amount(limit, measure)} "
         "would not be seen."
     )
+
+
+def _same(members: Sequence[Standing], measure: str) -> Iterator[str]:
+    """Names the methods whose whole interval lies within what counts as no difference."""
+    margin = margin_of(measure)
+    same = [
+        s.arm.title
+        for s in members
+        if margin and s.ahead and abs(s.ahead.mean) + s.ahead.half_width < margin
+    ]
+    if same and margin:
+        yield (
+            f"The same as tuned {PLAIN} to within {amount(margin, measure)}: {', '.join(same)} "
+            "(the whole 95 % interval lies there)."
+        )
 
 
 def _worse(members: Sequence[Standing], measure: str) -> Iterator[str]:

@@ -7,3 +7,7 @@ The parts: `tasks` (models and data), `arms` (what is compared), `study` (runs t
 intervals), `statements` (the claims), `page` and `pictures` (docs/evidence/claims.md), `again`
 (runs one cell again).
 """
+
+from lorakin.library_logs import calm_libraries
+
+calm_libraries()

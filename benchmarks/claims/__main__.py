@@ -1,37 +1,67 @@
-"""`python -m benchmarks.claims run --data folder --out claims`: see `--help`."""
+"""The study of the papers' claims, part by part.
+
+python -m benchmarks.claims run --data folder       runs trials; what ended is not run again
+python -m benchmarks.claims design                  what the pilot's rows say of seeds and rows
+python -m benchmarks.claims keep --data folder      writes the trials to docs/evidence/claims/
+python -m benchmarks.claims page                    makes the page and its pictures from those
+python -m benchmarks.claims again sst2 dora 7 --data folder    runs one cell again
+"""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.claims import arms
+from benchmarks.claims import again, archive, arms, evidence, page
+from benchmarks.claims.design import design
 from benchmarks.claims.study import SEEDS, run_task
-from benchmarks.claims.tasks import TASKS, task_named
+from benchmarks.claims.tasks import HUB, TASKS, task_named
 
 GROUPS = {"pilot": arms.PILOT, "main": arms.MAIN, "all": None}
+PAGE = archive.ROOT / "docs" / "evidence" / "study.md"
+NAMES = [task.name for task in TASKS]
 
 
 def main() -> None:
     """Runs a part of the study."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("run",))
-    parser.add_argument("--data", default="hub", help="the folder with the data, or hub")
-    parser.add_argument("--out", type=Path, default=Path("claims"))
-    parser.add_argument("--tasks", nargs="*", default=[task.name for task in TASKS])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("run", "design", "keep", "page", "again"))
+    parser.add_argument("cell", nargs="*", help="of again: the task, the arm and the seed")
+    parser.add_argument("--data", default=HUB, help="the folder with the data, or hub")
+    parser.add_argument("--out", type=Path, default=Path("claims"), help="the study's directory")
+    parser.add_argument("--tasks", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--arms", choices=GROUPS, default="all")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--devices", default="cpu,cpu")
     options = parser.parse_args()
     console = Console(soft_wrap=True)
-    for name in options.tasks:
-        console.rule(name)
-        run_task(
-            task_named(name), options.data, options.out, GROUPS[options.arms], options.seeds,
-            options.devices, console,
-        )  # fmt: skip
+    if options.part == "run":
+        for name in options.tasks:
+            console.rule(name)
+            run_task(
+                task_named(name), options.data, options.out, GROUPS[options.arms], options.seeds,
+                options.devices, console,
+            )  # fmt: skip
+    elif options.part == "keep":
+        day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+        for name in options.tasks:
+            if (options.out / name / "results.jsonl").is_file():
+                task = task_named(name)
+                kept = evidence.archived(task, options.data, options.out, day)
+                console.print(str(archive.save(name, kept)))
+    elif options.part == "page":
+        page.write(PAGE, evidence.all_archived())
+    elif options.part == "design":
+        for found, how in evidence.all_archived():
+            console.print(found.task.title, design(found, [], int(how["seeds"])))
+    else:
+        name, arm, seed = options.cell
+        console.print(str(again.run_again(task_named(name), arm, int(seed), options.data)))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,15 @@ def sizes(plain: Arm, dora: Arm, model: str) -> list[Arm]:
         )  # type: ignore[arg-type]
 
     half, twice = plain.rank // 2, 2 * plain.rank
-    few = {"targets": FEW_TARGETS[model]}
-    return [
+    arms = [
         sized(HALF, plain, half, f"lora, rank {half}"),
         sized(TWICE, plain, twice, f"lora, rank {twice}"),
-        sized(FEW, plain, 1, "lora, as many parameters as vera", recipe=few),
         sized(HALF_DORA, dora, half, f"dora, rank {half}"),
     ]
+    if model not in FEW_TARGETS:
+        return arms
+    few = {"targets": FEW_TARGETS[model]}
+    return [*arms, sized(FEW, plain, 1, "lora, as many parameters as vera", recipe=few)]
 
 
 def random_modules(drop: Arm, paths: Sequence[str], kept: int) -> list[Arm]:

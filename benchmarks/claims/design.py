@@ -55,7 +55,8 @@ def design(e: Evidence, longer: Sequence[ResultRow], seeds: int) -> Design | Non
     found = paired_difference(other.rows, plain.rows, e.task.measure)
     if found is None or found.count < 2:
         return None
-    values = _by_seed(e, other) - _by_seed(e, plain)
+    first, second = _by_seed(e, other), _by_seed(e, plain)
+    values = np.array([first[seed] - second[seed] for seed in first.keys() & second.keys()])
     of_seeds = float(values.std(ddof=1))
     rows = found.rows
     of_rows = found.half_of_rows / e.unit / stats.t.ppf(CONFIDENCE, rows - 1) * math.sqrt(rows)
@@ -81,9 +82,8 @@ def design(e: Evidence, longer: Sequence[ResultRow], seeds: int) -> Design | Non
     )
 
 
-def _by_seed(e: Evidence, standing: Standing) -> np.ndarray:
-    rows = sorted(standing.done, key=lambda row: row.trial.seed)
-    return np.array([(row.report or {})[e.task.measure] / e.unit for row in rows])
+def _by_seed(e: Evidence, standing: Standing) -> dict[int, float]:
+    return {row.trial.seed: (row.report or {})[e.task.measure] / e.unit for row in standing.done}
 
 
 def _later(e: Evidence, longer: Sequence[ResultRow]) -> float | None:

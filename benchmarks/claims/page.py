@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.claims import archive, pictures
-from benchmarks.claims.analysis import Difference, Evidence, corrected
+from benchmarks.claims.analysis import BETTER, SAME, WORSE, Difference, Evidence, corrected
 from benchmarks.claims.arms import MEMBERS, STARTS
 from benchmarks.claims.statements import STATEMENTS, unit_of, written
-from benchmarks.claims.tasks import TASKS, Task
-from lorakin.compare.arms import Arm
 from lorakin.compare.figures import with_interval
-from lorakin.compare.standings import Standing, standings_of
+from lorakin.compare.prior import Prior
+from lorakin.compare.standings import Standing
 
 BEGIN, END = "<!-- made by: python -m benchmarks.claims page -->", "<!-- end -->"
 """What stands between these lines of the page is made again."""
+PRIOR = archive.ROOT / "src" / "lorakin" / "compare" / "prior.json"
 METHODS = (*MEMBERS, *STARTS)
 
 
-def evidence_of(task: Task, arms: Sequence[Arm], kept: archive.Archive) -> Evidence:
-    """Returns where the arms of a task stand, from its rows."""
-    standings = standings_of(arms, kept.rows, task.measure)
-    return Evidence(task, {s.arm.name: s for s in standings if s.done}, kept.rows)
-
-
-def write(page: Path, evidence: Sequence[Evidence], hows: Sequence[dict[str, object]]) -> None:
+def write(page: Path, kept: Sequence[tuple[Evidence, dict[str, Any]]]) -> None:
     """Writes the made part of the page, and the pictures beside the rows."""
+    evidence, hows = [e for e, _ in kept], [how for _, how in kept]
     content = page.read_text(encoding="utf-8")
     before, rest = content.split(BEGIN)
     _, after = rest.split(END)
     lines = "\n".join(made(evidence, hows))
     page.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}", encoding="utf-8")
+    prior = dataclasses.asdict(prior_of(evidence))
+    PRIOR.write_text(json.dumps(prior, indent=1) + "\n", encoding="utf-8")
     folder = archive.FOLDER
     done = [name for name in METHODS if all(name in e.standings for e in evidence)]
     pictures.pareto(evidence, done, folder / "pareto.png")
@@ -41,7 +41,21 @@ def write(page: Path, evidence: Sequence[Evidence], hows: Sequence[dict[str, obj
     pictures.curves(evidence, done, folder / "curves.png")
 
 
-def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, object]]) -> Iterator[str]:
+def prior_of(evidence: Sequence[Evidence]) -> Prior:
+    """Returns on how many tasks each method was better than tuned LoRA, the same, or worse."""
+    found: dict[str, dict[str, int]] = {}
+    for e in evidence:
+        for name in METHODS:
+            d = e.difference(name) if name != "lora" else None
+            if d is not None and d.verdict in (BETTER, SAME, WORSE):
+                counts = found.setdefault(name, {})
+                counts[d.verdict] = counts.get(d.verdict, 0) + 1
+            elif d is not None:
+                found.setdefault(name, {})
+    return Prior([e.task.title for e in evidence], found)
+
+
+def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yields the lines of the made part: the claims, then each task."""
     yield "| | claim | paper | measured here | verdict |"
     yield "|---|---|---|---|---|"
@@ -52,15 +66,15 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, object]]) -> Ite
         yield ""
         yield f"### {e.task.title}"
         yield ""
-        yield said_of(how)
+        yield said_of(how, len(e.standings["lora"].done))
         yield ""
         yield from arms_table(e)
 
 
-def said_of(how: dict[str, object]) -> str:
+def said_of(how: dict[str, Any], seeds: int) -> str:
     """Says how a task was run."""
     return (
-        f"{how['model']}, {how['steps']} steps of {how['batch']} rows, {how['seeds']} seeds; "
+        f"{how['model']}, {how['steps']} steps of {how['batch']} rows, {seeds} seeds; "
         f"{how['train']:,} rows to train on, {how['tune']:,} to choose rates by, {how['report']:,} "
         f"to report on. {how['machine']}."
     )
@@ -93,8 +107,3 @@ def _cells(e: Evidence, name: str, s: Standing, unit: str, p: float | None) -> I
     yield f"{s.trained:,}" if s.lr and s.trained else "–"
     for ratio in (s.time, s.memory):
         yield f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "–"
-
-
-def tasks_kept() -> list[Task]:
-    """Returns the tasks whose rows are committed."""
-    return [task for task in TASKS if archive.path_of(task.name).is_file()]

@@ -15,7 +15,7 @@ from benchmarks.claims.analysis import BETTER, SAME, WORSE, Difference, Evidence
 from lorakin.compare.report_answers import LOSS
 from lorakin.report.magnitude_direction import Point, correlation
 
-SHOWN, REFUTED, OPEN = "shown", "refuted", "not told apart"
+SHOWN, REFUTED, OPEN, MISSING = "shown", "refuted", "not told apart", "not run"
 SAVES = 0.95
 """An arm that needs at most this part of LoRA's time or memory needs less."""
 
@@ -89,10 +89,11 @@ def on_par(name: str, other: str = "lora") -> Callable[[Sequence[Evidence]], Fou
 
     def measured(evidence: Sequence[Evidence]) -> Found:
         shown, deciding = compared(evidence, name, other)
-        if deciding and all(d.is_no_worse for d in deciding):
+        if not deciding:
+            return shown, MISSING
+        if all(d.is_no_worse for d in deciding):
             return shown, SHOWN
-        lost = any(d.high < -d.margin for d in deciding)
-        return shown, REFUTED if lost else OPEN
+        return shown, REFUTED if any(d.high < -d.margin for d in deciding) else OPEN
 
     return measured
 
@@ -122,9 +123,16 @@ def _judged(deciding: Sequence[Difference], holds: set[str], fails: set[str]) ->
     words = [
         SHOWN if d.verdict in holds else REFUTED if d.verdict in fails else OPEN for d in deciding
     ]
-    if len(set(words)) == 1:
-        return words[0]
-    return "mixed: " + ", ".join(words) if words else OPEN
+    if len(set(words)) <= 1:
+        return words[0] if words else MISSING
+    return "mixed: " + ", ".join(words)
+
+
+def _of_tasks(held: Sequence[bool]) -> str:
+    """Returns the verdict on a claim that was looked at on each task alone."""
+    if not held:
+        return MISSING
+    return SHOWN if all(held) else REFUTED if not any(held) else f"on {sum(held)} of {len(held)}"
 
 
 def share_of(name: str, figure: str, most: float) -> Callable[[Sequence[Evidence]], Found]:
@@ -135,8 +143,7 @@ def share_of(name: str, figure: str, most: float) -> Callable[[Sequence[Evidence
         known = {title: share for title, share in shares.items() if share is not None}
         shown = "; ".join(f"{title} {share:.2f}" for title, share in known.items())
         held = [share <= most for share in known.values()]
-        verdict = SHOWN if all(held) else REFUTED if not any(held) else f"on {sum(held)} tasks"
-        return shown, verdict if held else OPEN
+        return shown, _of_tasks(held)
 
     return measured
 
@@ -162,8 +169,11 @@ def sooner(name: str, least: float) -> Callable[[Sequence[Evidence]], Found]:
     def measured(evidence: Sequence[Evidence]) -> Found:
         parts, judged = [], []
         for e in evidence:
-            found = [gain for gain in gains(e, name) if gain is not None]
-            missed = len(gains(e, name)) - len(found)
+            runs = gains(e, name)
+            found = [gain for gain in runs if gain is not None]
+            missed = len(runs) - len(found)
+            if not runs:
+                continue
             if not found or missed > len(found):
                 parts.append(f"{e.task.title} never in {missed} of {missed + len(found)} runs")
                 judged.append(False)
@@ -173,8 +183,7 @@ def sooner(name: str, least: float) -> Callable[[Sequence[Evidence]], Found]:
             never = f", never in {missed}" if missed else ""
             parts.append(f"{e.task.title} {mean:.2f}× ({low:.2f}–{high:.2f}{never})")
             judged.append(low >= least and not missed)
-        verdict = SHOWN if all(judged) else REFUTED if not any(judged) else OPEN
-        return "; ".join(parts), verdict if judged else OPEN
+        return "; ".join(parts), _of_tasks(judged)
 
     return measured
 
@@ -221,10 +230,7 @@ def correlations(part: str) -> Callable[[Sequence[Evidence]], Found]:
                 full, plain, split = (r for r in found if r is not None)
                 parts.append(f"{e.task.title} {full:+.2f} / {plain:+.2f} / {split:+.2f}")
                 judged.append(full < plain and split < plain)
-        verdict = (
-            SHOWN if all(judged) else REFUTED if not any(judged) else f"on {sum(judged)} tasks"
-        )
-        return "; ".join(parts).replace("-", "−"), verdict if judged else OPEN
+        return "; ".join(parts).replace("-", "−"), _of_tasks(judged)
 
     return measured
 
@@ -262,8 +268,7 @@ def ranks_moved(evidence: Sequence[Evidence]) -> Found:
             (high, most), (low, least) = means[0], means[-1]
             parts.append(f"{e.task.title} {most} {high:.1f}, …, {least} {low:.1f}")
             judged.append(high > 1.5 * low)
-    verdict = SHOWN if all(judged) else REFUTED if not any(judged) else f"on {sum(judged)} tasks"
-    return "; ".join(parts), verdict if judged else OPEN
+    return "; ".join(parts), _of_tasks(judged)
 
 
 STATEMENTS: Sequence[Statement] = (

@@ -41,7 +41,7 @@ def comparison_of(task: Task, data: str, out: Path) -> Comparison:
         methods=[*more.MEMBERS, *more.STARTS],
         budget=f"steps={task.steps}",
         seeds=SEEDS,
-        metric=task.measure,
+        metric=task.chosen_by,
         recipe={**task.recipe, "eval_every": max(1, task.steps // EVALUATIONS)},
     )
 

@@ -26,7 +26,8 @@ class Task:
         name: the name in files.
         title: the name that people see.
         model: the packaged model.
-        measure: what decides, here and when learning rates are chosen.
+        measure: what is reported, and what the claims are judged by.
+        chosen_by: what learning rates are chosen by, on the tuning rows.
         target: the half width of a paired 95 % interval that the study aims at, in the measure.
         steps: the optimizer steps of a trial.
         recipe: fields of the recipe that all trials share.
@@ -42,6 +43,10 @@ class Task:
     steps: int
     recipe: dict[str, Any]
     parts: Callable[[str], tuple[Rows, Rows]]
+    chosen_by: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chosen_by", self.chosen_by or self.measure)
 
 
 def glue(name: str, more: int) -> Callable[[str], tuple[Rows, Rows]]:
@@ -148,20 +153,19 @@ def classifier(steps: int, **recipe: Any) -> dict[str, Any]:
 
 
 TASKS: Sequence[Task] = (
-    Task("cola", "CoLA", measure="matthews", target=0.01, parts=glue("cola", 2000), **classifier(500)),
     Task("sst2", "SST-2", measure="accuracy", target=0.01, parts=glue("sst2", 2500), **classifier(400)),
-    Task("mrpc", "MRPC", measure="f1", target=0.01, parts=glue("mrpc", 800), **classifier(240)),
+    Task("e2e", "E2E NLG", "smollm2", "loss", 0.02, 60,
+        {"batch_size": 8, "max_length": 128, "group_by_length": True}, e2e),
+    # F1 of a constant answer is 0.80 there, more than that of a model that has learned a little.
+    Task("mrpc", "MRPC", measure="f1", chosen_by="accuracy", target=0.01, parts=glue("mrpc", 800),
+        **classifier(240)),
     Task("rte", "RTE", measure="accuracy", target=0.01, parts=glue("rte", 500), **classifier(160)),
-    Task(
-        "e2e", "E2E NLG", "smollm2", "loss", 0.02, 60,
-        {"batch_size": 8, "max_length": 128, "group_by_length": True}, e2e,
-    ),
-    Task(
-        "docstrings", "docstrings", "smollm2", "loss", 0.02, 60,
+    Task("cola", "CoLA", measure="matthews", target=0.01, parts=glue("cola", 2000), **classifier(500)),
+    Task("docstrings", "docstrings", "smollm2", "loss", 0.02, 60,
         {"batch_size": 4, "max_length": 128, "chat_template": False, "group_by_length": True},
-        docstrings,
-    ),
-    Task("reviews", "movie reviews", measure="accuracy", target=0.01, parts=reviews, **classifier(300, max_length=64)),
+        docstrings),
+    Task("reviews", "movie reviews", measure="accuracy", target=0.01, parts=reviews,
+        **classifier(300, max_length=64)),
 )  # fmt: skip
 
 

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from lorakin.adapting import adapt
 from lorakin.compare import directory, next_trials, split
-from lorakin.compare.arms import FULL, REFERENCE, Arm, arms_of, limits_of
+from lorakin.compare.arms import FULL, PLAIN, REFERENCE, Arm, arms_of, limits_of
 from lorakin.compare.comparison import Comparison
 from lorakin.compare.prepared_comparison import PreparedComparison
+from lorakin.compare.prior import prior
 from lorakin.compare.results import Results
 from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method
@@ -107,6 +108,9 @@ def _print_summary(comparison_run: PreparedComparison, console: Console) -> None
     left_out = f"; left out: {parts.left_out}" if parts.left_out else ""
     held_out = f"{parts.tune} to choose learning rates by, {parts.report} to report on{left_out}"
     console.print(labelled("data     ", f"{parts.train:,} rows to train on, {held_out}"))
+    methods = comparison_run.comparison.methods
+    if known := prior().said_of([words for words in methods if words != PLAIN]):
+        console.print(labelled("prior    ", f"{known} (docs/which-method.md)"))
     for arm in comparison_run.arms:
         if reason := next_trials.refusal(arm, comparison_run.results.rows):
             console.print(labelled("left out ", f"{arm.title}: {reason}", "bold yellow"))

@@ -1,0 +1,95 @@
+"""BLEU of what the adapters of E2E NLG write, with an interval over seeds and prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.claims.tasks import Task
+from lorakin.compare.estimates import Estimate
+from lorakin.compare.next_trials import rows_at_best_rate
+from lorakin.compare.results import DONE, ResultRow, Results
+from lorakin.training.evaluate import evaluate_rows
+from lorakin.training.metrics import draws_of
+from lorakin.training.sampling import Sampling
+
+FILE = "written.jsonl"
+LONGEST = 80
+"""The most tokens of an answer."""
+DRAWS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenRow:
+    """What one adapter wrote: for each prompt the answer, and the right answers."""
+
+    arm: str
+    seed: int
+    given: list[str]
+    right: list[list[str]]
+
+
+def write_missing(task: Task, out: Path, names: Sequence[str], seeds: int) -> None:
+    """Lets the kept adapters of these arms write answers, unless they have."""
+    folder, file = out / task.name, out / task.name / FILE
+    known = {(row.arm, row.seed) for row in read(file)}
+    rows = Results(folder / "results.jsonl").rows
+    for name in names:
+        for row in rows_at_best_rate(name, rows, task.chosen_by):
+            cell = (name, row.trial.seed)
+            if row.status == DONE and row.trial.seed < seeds and cell not in known:
+                with file.open("a", encoding="utf-8") as opened:
+                    opened.write(json.dumps(dataclasses.asdict(_written(task, out, row))) + "\n")
+
+
+def read(file: Path) -> list[WrittenRow]:
+    """Returns what was written so far."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [WrittenRow(**json.loads(line)) for line in lines]
+
+
+def _written(task: Task, out: Path, row: ResultRow) -> WrittenRow:
+    adapter = out / task.name / "trials" / row.trial.name
+    report = str(out / task.name / "data" / "report.jsonl")
+    found = evaluate_rows(
+        task.model, str(adapter), report, max_length=128, batch_size=8, sampling=Sampling(LONGEST)
+    )
+    answers = found.answers
+    assert answers is not None
+    given: dict[int, str] = {}
+    right: dict[int, list[str]] = {}
+    for number, said, asked in zip(answers.groups, answers.given, answers.right, strict=True):
+        given[number] = said
+        right.setdefault(number, []).append(asked)
+    return WrittenRow(row.trial.arm, row.trial.seed, list(given.values()), list(right.values()))
+
+
+def bleu_of(row: WrittenRow, prompts: Sequence[int]) -> float:
+    """Returns sacrebleu's corpus BLEU, 0 to 100, of these prompts, which may repeat."""
+    import sacrebleu
+
+    most = max(len(row.right[n]) for n in prompts)
+    streams = [[(row.right[n] + [None] * most)[k] for n in prompts] for k in range(most)]  # type: ignore[list-item]
+    return float(sacrebleu.corpus_bleu([row.given[n] for n in prompts], streams).score)  # type: ignore[arg-type]
+
+
+def difference(rows: Sequence[WrittenRow], others: Sequence[WrittenRow]) -> Estimate | None:
+    """Returns how much higher the BLEU of an arm is, by seed and on the same draws of prompts."""
+    first, second = ({row.seed: row for row in found} for found in (rows, others))
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    count = len(rows[0].given)
+    every = range(count)
+    values = [bleu_of(first[n], every) - bleu_of(second[n], every) for n in seeds]
+    drawn = []
+    for weights in draws_of(count, DRAWS):
+        prompts = [n for n in every for _ in range(int(weights[n]))]
+        drawn.append(
+            np.mean([bleu_of(first[n], prompts) - bleu_of(second[n], prompts) for n in seeds])
+        )
+    return Estimate.of(values, np.array(drawn), count)

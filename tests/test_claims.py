@@ -1,0 +1,161 @@
+"""The study of the claims: its statistics against simulation, and a small study from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.claims import again, archive, arms, evidence, page, study
+from benchmarks.claims.analysis import BETTER, SAME, UNKNOWN, WORSE, Difference, over_tasks
+from benchmarks.claims.design import design
+from benchmarks.claims.statements import MISSING, STATEMENTS
+from benchmarks.claims.tasks import TASKS, Task, without_overlap
+from rich.console import Console
+
+from lorakin.compare.prior import prior
+from lorakin.compare.results import DONE
+
+
+def difference(mean: float, half: float, margin: float = 1.0) -> Difference:
+    return Difference(mean, half, margin, p=0.5, seeds=5, rows=100)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict", "no_worse"),
+    [
+        (0.2, 0.5, SAME, True),
+        (0.9, 0.5, BETTER, True),
+        (2.0, 0.5, BETTER, True),
+        (-2.0, 0.5, WORSE, False),
+        (0.0, 1.5, UNKNOWN, False),
+        (0.8, 1.5, UNKNOWN, True),
+        (-0.9, 0.5, WORSE, False),
+    ],
+)
+def test_what_an_interval_shows(mean: float, half: float, verdict: str, no_worse: bool) -> None:
+    found = difference(mean, half)
+    assert (found.verdict, found.is_no_worse) == (verdict, no_worse)
+
+
+def test_the_mean_over_tasks_is_as_sure_as_a_simulation_says() -> None:
+    generator = np.random.default_rng(0)
+    halves = np.array([1.0, 2.0, 0.5])
+    means = generator.normal(0.3, halves / 1.96, (20_000, 3)).mean(axis=1)
+    found = over_tasks([difference(0.3, half) for half in halves])
+    assert found.mean == pytest.approx(0.3)
+    assert found.half == pytest.approx(1.96 * means.std(), rel=0.02)
+    assert found.p == pytest.approx(2 * (means < 0).mean(), abs=0.02)
+
+
+def test_phrases_of_the_report_are_not_trained_on() -> None:
+    report = [{"sentence": "A charming and often affecting journey ."}]
+    train = [
+        {"sentence": text}
+        for text in ("often affecting", "charming", "a dull journey", "journey often", "he said : a charming and often affecting journey . twice")
+    ]  # fmt: skip
+    kept = [row["sentence"] for row in without_overlap(train, report)]
+    assert kept == ["a dull journey", "journey often"]
+
+
+def test_one_more_value_lands_where_it_is_expected() -> None:
+    """Of many studies of five seeds, 95 % hold a sixth run."""
+    values = np.random.default_rng(0).normal(0.8, 0.01, (2000, 6))
+    inside = [
+        low <= sixth <= high for *five, sixth in values for low, high in [again.expected(five)]
+    ]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.fixture(scope="module")
+def small(bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path]:
+    """A study of LoRA and DoRA on a tiny BERT, four steps a trial."""
+    words = ("cat", "dog", "bird", "tree")
+    rows = [
+        {"sentence": f"the {word} sat {n}", "label": int(word in ("cat", "bird"))}
+        for n in range(120)
+        for word in words
+    ]
+
+    def parts(data: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return rows[:400], rows[400:]
+
+    recipe = {"batch_size": 4, "max_length": 16}
+    task = Task("small", "Small", bert_dir, "f1", 0.01, 4, recipe, parts, chosen_by="accuracy")
+    out = tmp_path_factory.mktemp("study")
+    study.run_task(task, "", out, arms.PILOT, 2, "cpu", Console(quiet=True))
+    return task, out
+
+
+def test_a_study_from_its_trials_to_its_page(
+    small: tuple[Task, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = small
+    kept = evidence.archived(task, "", out, "2026-11-30")
+    archive.save(task.name, kept, tmp_path)
+    found = evidence.evidence_of(task, archive.load(task.name, tmp_path))
+    assert found.standings.keys() == {"lora", "dora", "constant"}
+    for name, standing in found.standings.items():
+        assert name == "constant" or (len(standing.done) == 2 and standing.trained)
+    rows = found.standings["dora"].done
+    assert [step for step, _ in rows[0].curve] == [1, 2, 3, 4]
+    gap = found.difference("dora")
+    by_hand = [(row.report or {})["f1"] for row in rows]
+    plain = [(row.report or {})["f1"] for row in found.standings["lora"].done]
+    assert gap is not None and gap.rows == 80
+    assert gap.mean == pytest.approx(100 * (np.mean(by_hand) - np.mean(plain)))
+
+    planned = design(found, [], study.SEEDS)
+    assert planned is not None and planned.rows == 80
+    monkeypatch.setattr(archive, "FOLDER", tmp_path)
+    monkeypatch.setattr(page, "METHODS", ("lora", "dora"))
+    monkeypatch.setattr(page, "PRIOR", tmp_path / "prior.json")
+    written = tmp_path / "claims.md"
+    written.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    page.write(written, [(found, kept.how)])
+    text = written.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert "### Small" in text and text.count("| dora |") >= 1
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cell_runs_again_to_the_same_figure(
+    small: tuple[Task, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = small
+    archive.save(task.name, evidence.archived(task, "", out, "2026-11-30"), tmp_path)
+    monkeypatch.setattr(
+        archive, "load", lambda name, folder=tmp_path, load=archive.load: load(name, folder)
+    )
+    cell = again.run_again(task, "lora", 1, "")
+    assert cell.before is not None and cell.value == pytest.approx(cell.before, abs=1e-12)
+    assert cell.lands
+    assert not dataclasses.replace(cell, value=cell.high + 1).lands
+    with pytest.raises(SystemExit):
+        again.run_again(task, "vera", 1, "")
+
+
+def test_the_committed_rows_make_the_committed_page() -> None:
+    """What stands on the page follows from the rows."""
+    text = (archive.ROOT / "docs" / "evidence" / "study.md").read_text(encoding="utf-8")
+    kept = evidence.all_archived()
+    assert kept, "no task's rows are committed"
+    made = "\n".join(page.made([e for e, _ in kept], [how for _, how in kept]))
+    assert made in text
+    assert page.prior_of([e for e, _ in kept]) == prior()
+    for found, how in kept:
+        rows = [row for row in found.sweeps if row.status == DONE]
+        assert len(rows) > how["seeds"] and found.standings["lora"].quality is not None
+
+
+def test_a_claim_without_runs_is_not_judged() -> None:
+    assert {one.measured([])[1] for one in STATEMENTS} == {MISSING}
+
+
+def test_every_member_has_a_claim() -> None:
+    named = {one.member for one in STATEMENTS}
+    assert named == {*arms.MEMBERS, *arms.STARTS}
+    assert len({task.name for task in TASKS}) == len(TASKS)

@@ -42,10 +42,10 @@ class Benchmark:
 
 CLASSIFIER = "--lr 1e-3 --batch-size 32 --max-length 128"
 SLOW = "--lr 4e-4 --batch-size 32 --max-length 128 --group-by-length"
-"""For the tasks that a higher rate does not learn: found on a tenth of their training rows."""
+"""For CoLA, which the higher rate does not learn: found on 1,000 of its training rows."""
 BENCHMARKS = (
     Benchmark("mrpc", "minilm", f"{CLASSIFIER} --epochs 4", ("f1", "accuracy")),
-    Benchmark("rte", "minilm", f"{SLOW} --epochs 3", ("accuracy",)),
+    Benchmark("rte", "minilm", f"{CLASSIFIER} --epochs 3", ("accuracy",)),
     Benchmark("cola", "minilm", f"{SLOW} --epochs 6", ("matthews", "accuracy")),
     Benchmark("sst2", "minilm", f"{CLASSIFIER} --epochs 2", ("accuracy",)),
     Benchmark(

@@ -4,6 +4,7 @@
 # make glue       GLUE's tasks and E2E NLG by one train and one evaluate line each: make glue DATA=folder (over an hour on one core)
 # make family     all members on two real models: what each learns and costs (about 50 minutes on two cores)
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
+#                 with DATA=folder on GLUE and E2E instead, with power to see a point (many hours on two cores; resumable; DATA=hub fetches them)
 # make interop    all members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin against PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make gpu        on a machine with a GPU: the tests of tests/gpu, then steps beside PEFT, memory, lorakin train; one table (8 minutes)
@@ -23,6 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-dep
 # a section of constraints.txt: each file is taken only if it has one of the hashes that stand there (tools/lock.py has the sections)
 locked = awk '$$2 == "$(1)" { on = 1 } on; $$2 == "end" { on = 0 }' constraints.txt > $(VENV)/$(1).txt \
 	&& $(PIP) --require-hashes --requirement $(VENV)/$(1).txt
+OFFLINE := $(if $(filter hub,$(DATA)),,HF_HUB_OFFLINE=1)
 NEEDS_CUDA := import sys; from importlib.metadata import requires; \
 	sys.exit(not (sys.platform == "linux" and any(line.startswith(("nvidia", "cuda")) for line in requires("torch") or ())))
 
@@ -49,7 +51,13 @@ family: $(VENV)/.train
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/family.py --out family
 
 claims: $(VENV)/.train
+ifdef DATA
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims run --data $(DATA) --out claims
+	$(OFFLINE) $(BIN)/python -m benchmarks.claims keep --data $(DATA) --out claims
+	$(BIN)/python -m benchmarks.claims page
+else
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/claims.py --out claims $(QUICK)
+endif
 
 interop: $(VENV)/.test $(VENV)/.llama
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python examples/interop.py --out interop

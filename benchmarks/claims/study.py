@@ -84,13 +84,15 @@ def run_task(
         devices: where trials run, as in `lorakin compare --devices`.
         console: where progress is shown.
     """
+    places = workers.devices_of(devices)
     with locked(comparison_of(task, data, out)):
-        whole = prepared(task, data, out, console)
-        wanted = [arm for arm in whole.arms if names is None or arm.name in names]
-        now = dataclasses.replace(
-            whole, arms=wanted, comparison=dataclasses.replace(whole.comparison, seeds=seeds)
-        )
-        places = workers.devices_of(devices)
-        with Board(console, len(places)) as board:
-            workers.run(now, places, board)
+        # Modules at random are known once LoRA-drop has chosen its own.
+        for _ in range(2):
+            whole = prepared(task, data, out, console)
+            wanted = [arm for arm in whole.arms if names is None or arm.name in names]
+            now = dataclasses.replace(
+                whole, arms=wanted, comparison=dataclasses.replace(whole.comparison, seeds=seeds)
+            )
+            with Board(console, len(places)) as board:
+                workers.run(now, places, board)
     return whole

@@ -160,7 +160,7 @@ TASKS: Sequence[Task] = (
     Task("mrpc", "MRPC", measure="f1", chosen_by="accuracy", target=0.01, parts=glue("mrpc", 800),
         **classifier(240)),
     Task("rte", "RTE", measure="accuracy", target=0.01, parts=glue("rte", 500), **classifier(160)),
-    Task("cola", "CoLA", measure="matthews", target=0.01, parts=glue("cola", 2000), **classifier(500)),
+    Task("cola", "CoLA", measure="matthews", target=0.01, parts=glue("cola", 2000), **classifier(750, batch_size=32)),
     Task("docstrings", "docstrings", "smollm2", "loss", 0.02, 60,
         {"batch_size": 4, "max_length": 128, "chat_template": False, "group_by_length": True},
         docstrings),

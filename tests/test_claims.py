@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.claims import again, archive, arms, evidence, page, study
+import sacrebleu
+from benchmarks.claims import again, archive, arms, bleu, evidence, page, study
 from benchmarks.claims.analysis import BETTER, SAME, UNKNOWN, WORSE, Difference, over_tasks
 from benchmarks.claims.design import design
 from benchmarks.claims.statements import MISSING, STATEMENTS
@@ -67,6 +69,21 @@ def test_one_more_value_lands_where_it_is_expected() -> None:
         low <= sixth <= high for *five, sixth in values for low, high in [again.expected(five)]
     ]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
+
+
+def test_bleu_is_sacrebleu_s_and_a_difference_of_nothing_is_none() -> None:
+    right = [["the cat sat on the mat", "a cat sat there"], ["dogs run in the park today"]]
+    good = bleu.WrittenRow("good", 0, ["the cat sat on the mat", "dogs run in the park"], right)
+    bad = bleu.WrittenRow("bad", 0, ["a dog", "the park runs in dogs"], right)
+    references = [[right[0][0], right[1][0]], [right[0][1], None]]
+    expected = sacrebleu.corpus_bleu(good.given, references).score  # type: ignore[arg-type]
+    assert bleu.bleu_of(good, range(2)) == pytest.approx(expected)
+    assert bleu.bleu_of(good, [0, 0]) == pytest.approx(100)
+    found = bleu.difference([good], [bad])
+    assert found is not None and found.mean > 50 and math.isinf(found.half_width)
+    same = bleu.difference([good], [dataclasses.replace(good, arm="same")])
+    assert same is not None and same.mean == 0 == same.half_of_rows
+    assert bleu.difference([good], [dataclasses.replace(bad, seed=1)]) is None
 
 
 @pytest.fixture(scope="module")

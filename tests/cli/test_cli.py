@@ -148,7 +148,7 @@ def test_generate_streams_and_gives_json(
 
 
 def test_evaluate(
-    trained: Path, model_dir: str, data: str, capsys: pytest.CaptureFixture[str]
+    trained: Path, model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = []
     for adapter in ([], ["--adapter", str(trained)]):
@@ -170,8 +170,16 @@ def test_evaluate(
     assert (base["adapter"], other["adapter"]) == (None, str(trained))
     assert [base["loss"], other["loss"]] == [figure["loss"] for figure in figures]
     assert 0 < other["better"] <= other["differ"]
-    assert run([*both, "--adapter", str(trained)]) == 0
-    assert run([*both, "--adapter", str(trained), "--predictions", "p.jsonl"]) == 2
+    capsys.readouterr()
+    answers = tmp_path / "answers.jsonl"
+    both += ["--adapter", str(trained)]
+    assert run([*both, "--predictions", str(answers)]) == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["adapter"] for row in rows[:4]] == [None, str(trained)] * 2
+    assert [row["row"] for row in rows[::2]] == [row["row"] for row in rows[1::2]]
+    better = sum(new["loss"] < old["loss"] for old, new in zip(rows[::2], rows[1::2], strict=True))
+    assert better == other["better"]
+    assert run([*both, "--predictions", str(answers)]) == 2  # it is there now
 
 
 def test_merge(

@@ -207,7 +207,7 @@ def test_held_out_figures_of_dpo_are_those_of_the_paper(
     assert found.loss == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-5)
 
     path = tmp_path / "answers.jsonl"
-    predictions.write(path, found)
+    predictions.write(path, {None: found})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["chosen_reward"] for line in lines] == pytest.approx(rewards[:, 0], abs=1e-5)
     assert lines[0]["rejected"] == rows[0]["rejected"][0]["content"]

@@ -97,7 +97,7 @@ def command(
     named: list[str | None] = list(adapter or ())
     adapters = [None, *named] if base or not named else named
     if predictions is not None:
-        answers_file.check(predictions, adapters)
+        answers_file.check(predictions)
     layout = flags.pop("format", None)
     sampling = Sampling(max_new_tokens) if generate else None
     settings: dict[str, Any] = {
@@ -108,7 +108,7 @@ def command(
     settings |= {"dtype": dtype, "other_base": other_base, "sampling": sampling, **flags}
     found = [evaluate_rows(model, name, data, layout=layout, **settings) for name in adapters]
     if predictions is not None:
-        answers_file.write(predictions, found[0])
+        answers_file.write(predictions, dict(zip(adapters, found, strict=True)))
     if as_json:
         print_json({"model": model, "data": data, **_figures(adapters, found)})
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,40 @@ MOST_CLASSES = 20
 """The most classes of which a table of confusions is shown."""
 
 
-def check(path: Path, adapters: Sequence[str | None]) -> None:
-    """Checks that one model's answers can be written to a new file.
+def check(path: Path) -> None:
+    """Checks that answers can be written to a new file.
 
     Raises:
-        SettingError: there are several models, the file exists, or there is no such directory.
+        SettingError: the file exists, or there is no such directory.
     """
-    if len(adapters) > 1:
-        raise SettingError(
-            f"--predictions writes the answers of one model, and {len(adapters)} are evaluated; "
-            "give one --adapter, without --base"
-        )
     if path.exists():
         raise SettingError(f"--predictions {path}: there is such a file; name a new one")
     if not path.parent.is_dir():
         raise SettingError(f"--predictions {path}: there is no directory {path.parent}")
 
 
-def write(path: Path, evaluation: Evaluation) -> None:
+def write(path: Path, found: Mapping[str | None, Evaluation]) -> None:
     """Writes one JSON object for each row: its place, the right and given answers, its mean loss.
 
-    Of two answers it holds their texts, their rewards, and which of them won.
+    Of two answers it holds their texts, their rewards, and which of them won. Of several models
+    each has its own line for a row, one below the other, which names its adapter; the base's is
+    null.
 
     Args:
         path: a new JSONL file.
-        evaluation: the figures, with the answers that they come from.
+        found: adapter → the figures, with the answers that they come from.
     """
+    by_model = [
+        [{"adapter": name, **line} if len(found) > 1 else line for line in _lines(evaluation)]
+        for name, evaluation in found.items()
+    ]
+    lines = [line for of_row in zip(*by_model, strict=True) for line in of_row]
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    atomic.write(path.parent, {path.name: content.encode()})
+
+
+def _lines(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Returns what is written of each row of one model."""
     answers = evaluation.answers
     assert answers is not None
     lines: list[dict[str, Any]] = []
@@ -57,8 +65,7 @@ def write(path: Path, evaluation: Evaluation) -> None:
             line |= answers.details[n]
         line["loss"] = round(float(answers.losses[n] / max(1, answers.counts[n])), 6)
         lines.append(line)
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    atomic.write(path.parent, {path.name: content.encode()})
+    return lines
 
 
 def confusions(evaluation: Evaluation) -> Table | None:

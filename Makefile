@@ -53,6 +53,7 @@ family: $(VENV)/.train
 claims: $(VENV)/.train
 ifdef DATA
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims run --data $(DATA) --out claims
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims write --data $(DATA) --out claims
 	$(OFFLINE) $(BIN)/python -m benchmarks.claims keep --data $(DATA) --out claims
 	$(BIN)/python -m benchmarks.claims page
 else

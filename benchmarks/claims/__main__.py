@@ -1,6 +1,7 @@
 """The study of the papers' claims, part by part.
 
 python -m benchmarks.claims run --data folder       runs trials; what ended is not run again
+python -m benchmarks.claims write --data folder     lets the adapters of E2E write answers
 python -m benchmarks.claims design                  what the pilot's rows say of seeds and rows
 python -m benchmarks.claims keep --data folder      writes the trials to docs/evidence/claims/
 python -m benchmarks.claims page                    makes the page and its pictures from those
@@ -15,13 +16,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.claims import again, archive, arms, evidence, page
+from benchmarks.claims import again, archive, arms, bleu, evidence, page
 from benchmarks.claims.design import design
 from benchmarks.claims.study import SEEDS, run_task
 from benchmarks.claims.tasks import HUB, TASKS, task_named
 
 GROUPS = {"pilot": arms.PILOT, "main": arms.MAIN, "all": None}
 PAGE = archive.ROOT / "docs" / "evidence" / "study.md"
+WRITES = "e2e"
+"""The task whose adapters write answers."""
 NAMES = [task.name for task in TASKS]
 
 
@@ -30,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("run", "design", "keep", "page", "again"))
+    parser.add_argument("part", choices=("run", "write", "design", "keep", "page", "again"))
     parser.add_argument("cell", nargs="*", help="of again: the task, the arm and the seed")
     parser.add_argument("--data", default=HUB, help="the folder with the data, or hub")
     parser.add_argument("--out", type=Path, default=Path("claims"), help="the study's directory")
@@ -47,6 +50,8 @@ def main() -> None:
                 task_named(name), options.data, options.out, GROUPS[options.arms], options.seeds,
                 options.devices, console,
             )  # fmt: skip
+    elif options.part == "write":
+        bleu.write_missing(task_named(WRITES), options.out, arms.METHODS, options.seeds)
     elif options.part == "keep":
         day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
         for name in options.tasks:
@@ -54,6 +59,8 @@ def main() -> None:
                 task = task_named(name)
                 kept = evidence.archived(task, options.data, options.out, day)
                 console.print(str(archive.save(name, kept)))
+                if written := bleu.read(options.out / name / bleu.FILE):
+                    console.print(str(archive.save_written(name, written)))
     elif options.part == "page":
         page.write(PAGE, evidence.all_archived())
     elif options.part == "design":

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+from benchmarks.claims.bleu import WrittenRow
 from benchmarks.claims.tasks import Task
 from lorakin.compare.estimates import Estimate, holm
 from lorakin.compare.report_answers import LOSS, sign_of
@@ -73,11 +74,19 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """A task and where its arms stand."""
+    """A task and where its arms stand.
+
+    Attributes:
+        task: the task.
+        standings: arm → where it stands.
+        sweeps: all trials.
+        written: what adapters wrote to the prompts of the reported rows, where that was looked at.
+    """
 
     task: Task
     standings: Mapping[str, Standing]
     sweeps: Sequence[ResultRow]
+    written: Sequence[WrittenRow] = ()
 
     @property
     def unit(self) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims.bleu import WrittenRow
 from lorakin.compare.next_trials import rows_at_best_rate
 from lorakin.compare.results import ResultRow
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "evidence" / "claims"
 MOVES_OF = ("lora", "dora", "full")
 """Arms whose changes of magnitude and direction are kept."""
+WRITTEN = "written.jsonl.xz"
 HEAD = "study"
 """The key of the first line, which says how the task was run."""
 
@@ -58,6 +60,21 @@ def load(task: str, folder: Path = FOLDER) -> Archive:
     text = lzma.decompress(path_of(task, folder).read_bytes()).decode()
     first, *lines = text.splitlines()
     return Archive(json.loads(first)[HEAD], [ResultRow.from_json(line) for line in lines])
+
+
+def save_written(task: str, rows: Sequence[WrittenRow], folder: Path = FOLDER) -> Path:
+    """Writes what a task's adapters wrote."""
+    file = folder / f"{task}-{WRITTEN}"
+    lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+    file.write_bytes(lzma.compress(lines.encode(), preset=9))
+    return file
+
+
+def load_written(task: str, folder: Path = FOLDER) -> list[WrittenRow]:
+    """Reads what a task's adapters wrote; nothing where that was not looked at."""
+    file = folder / f"{task}-{WRITTEN}"
+    text = lzma.decompress(file.read_bytes()).decode() if file.is_file() else ""
+    return [WrittenRow(**json.loads(line)) for line in text.splitlines()]
 
 
 def shortened(rows: Sequence[ResultRow], measure: str) -> list[ResultRow]:

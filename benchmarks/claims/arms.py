@@ -10,6 +10,7 @@ from lorakin.compare.arms import BASE, CONTROL, FULL, HEAD, PLAIN, Arm
 
 STARTS = ("pissa", "olora", "lora-xs", "eva", "lora-ga")
 MEMBERS = ("lora", "lora+", "lora-fa", "vera", "dora", "adalora", "lora-drop", "delta-lora")
+METHODS = (*MEMBERS, *STARTS)
 PILOT = (PLAIN, "dora")
 """The two arms whose runs show how seeds and rows scatter before the others run."""
 HALF, TWICE, FEW, HALF_DORA = "lora-half-rank", "lora-twice-rank", "lora-few", "dora-half-rank"

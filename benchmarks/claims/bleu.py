@@ -34,7 +34,10 @@ class WrittenRow:
 
 
 def write_missing(task: Task, out: Path, names: Sequence[str], seeds: int) -> None:
-    """Lets the kept adapters of these arms write answers, unless they have."""
+    """Lets the kept adapters of these arms write answers, unless they have.
+
+    No trials may be running: the results file has one reader at a time.
+    """
     folder, file = out / task.name, out / task.name / FILE
     known = {(row.arm, row.seed) for row in read(file)}
     rows = Results(folder / "results.jsonl").rows

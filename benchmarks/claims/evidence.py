@@ -15,9 +15,10 @@ from rich.console import Console
 import lorakin
 from benchmarks.claims import archive
 from benchmarks.claims.analysis import Evidence
-from benchmarks.claims.study import prepared
+from benchmarks.claims.study import comparison_of, prepared
 from benchmarks.claims.tasks import TASKS, Task
 from lorakin.compare.arms import CONTROL, LIMIT, MEMBER, REFERENCE, Arm
+from lorakin.compare.directory import locked
 from lorakin.compare.standings import standings_of
 
 ARM_FIELDS = ("name", "title", "kind", "words", "rank", "scaling", "lr", "explains")
@@ -27,8 +28,13 @@ KINDS = (REFERENCE, MEMBER, CONTROL, LIMIT)
 
 
 def archived(task: Task, data: str, out: Path, day: str) -> archive.Archive:
-    """Returns the trials in the study's directory with what the page says of them."""
-    run = prepared(task, data, out, Console(quiet=True))
+    """Returns the trials in the study's directory with what the page says of them.
+
+    Raises:
+        OutputError: trials are running there.
+    """
+    with locked(comparison_of(task, data, out)):
+        run = prepared(task, data, out, Console(quiet=True))
     done = {row.trial.arm for row in run.results.rows}
     arms = [arm for arm in run.arms if arm.name in done]
     how = {
@@ -62,7 +68,7 @@ def evidence_of(task: Task, kept: archive.Archive) -> Evidence:
             by_name[s.arm.name] = dataclasses.replace(
                 by_name[s.arm.name], lr=s.lr, at_edge=s.at_edge
             )
-    return Evidence(task, by_name, kept.rows)
+    return Evidence(task, by_name, kept.rows, archive.load_written(task.name))
 
 
 def _at(found: Sequence[Any], rows: Sequence[Any]) -> list[Any]:

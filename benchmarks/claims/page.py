@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.claims import archive, pictures
 from benchmarks.claims.analysis import BETTER, SAME, WORSE, Difference, Evidence, corrected
-from benchmarks.claims.arms import MEMBERS, STARTS
+from benchmarks.claims.arms import METHODS
+from benchmarks.claims.bleu import WrittenRow, bleu_of, difference
 from benchmarks.claims.statements import STATEMENTS, unit_of, written
 from lorakin.compare.figures import with_interval
 from lorakin.compare.prior import Prior
@@ -20,7 +21,6 @@ from lorakin.compare.standings import Standing
 BEGIN, END = "<!-- made by: python -m benchmarks.claims page -->", "<!-- end -->"
 """What stands between these lines of the page is made again."""
 PRIOR = archive.ROOT / "src" / "lorakin" / "compare" / "prior.json"
-METHODS = (*MEMBERS, *STARTS)
 
 
 def write(page: Path, kept: Sequence[tuple[Evidence, dict[str, Any]]]) -> None:
@@ -69,6 +69,9 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterat
         yield said_of(how, len(e.standings["lora"].done))
         yield ""
         yield from arms_table(e)
+        if e.written:
+            yield ""
+            yield from bleu_table(e)
 
 
 def said_of(how: dict[str, Any], seeds: int) -> str:
@@ -93,6 +96,26 @@ def arms_table(e: Evidence) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, s in e.standings.items():
         yield f"| {' | '.join(_cells(e, name, s, unit, p.get(name)))} |"
+
+
+def bleu_table(e: Evidence) -> Iterator[str]:
+    """Yields a table of the BLEU of what adapters wrote."""
+    by_arm: dict[str, list[WrittenRow]] = {}
+    for row in e.written:
+        by_arm.setdefault(row.arm, []).append(row)
+    prompts = range(len(e.written[0].given))
+    yield f"Greedy answers to {len(prompts)} meanings, all references of each:"
+    yield ""
+    yield "| arm | BLEU | ahead of lora | seeds |"
+    yield "|---|---|---|---|"
+    for name, rows in by_arm.items():
+        values = [bleu_of(row, prompts) for row in rows]
+        found = difference(rows, by_arm["lora"]) if name != "lora" and "lora" in by_arm else None
+        gap = "–"
+        if found is not None and math.isfinite(found.half_width):
+            low, high = found.mean - found.half_width, found.mean + found.half_width
+            gap = f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
+        yield f"| {name} | {sum(values) / len(values):.1f} | {gap} | {len(values)} |"
 
 
 def _cells(e: Evidence, name: str, s: Standing, unit: str, p: float | None) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Prior:
         """Returns what it says of some methods, in one sentence; "" if it has none of them.
 
         >>> Prior(["a", "b"], {"dora": {"the same": 2}, "vera": {"worse": 1}}).said_of(["dora"])
-        'on 2 tasks of ours, no method was better than tuned lora; the same: dora (2)'
+        'on 2 tasks of ours, none of these was better than tuned lora; the same: dora (2)'
         """
         known = {name: self.found[name] for name in methods if name in self.found}
         if not known:
@@ -48,7 +48,7 @@ class Prior:
             if named:
                 parts.append(f"{verdict}: {named}")
             elif verdict == BETTER:
-                parts.append(f"no method was better than tuned {PLAIN}")
+                parts.append(f"none of these was better than tuned {PLAIN}")
         return f"on {tasks} of ours, {'; '.join(parts)}"
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import sacrebleu
 from benchmarks.claims import again, archive, arms, bleu, evidence, page, study
-from benchmarks.claims.analysis import BETTER, SAME, UNKNOWN, WORSE, Difference, over_tasks
+from benchmarks.claims.analysis import UNKNOWN, Difference, over_tasks
 from benchmarks.claims.design import design
 from benchmarks.claims.statements import MISSING, STATEMENTS
 from benchmarks.claims.tasks import TASKS, Task, without_overlap
 from rich.console import Console
 
-from lorakin.compare.prior import prior
+from lorakin.compare.prior import BETTER, SAME, WORSE, prior
 from lorakin.compare.results import DONE
 
 
@@ -100,7 +100,7 @@ def small(bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Task
         return rows[:400], rows[400:]
 
     recipe = {"batch_size": 4, "max_length": 16}
-    task = Task("small", "Small", bert_dir, "f1", 0.01, 4, recipe, parts, chosen_by="accuracy")
+    task = Task("small", "Small", bert_dir, "f1", 4, recipe, parts, chosen_by="accuracy")
     out = tmp_path_factory.mktemp("study")
     study.run_task(task, "", out, arms.PILOT, 2, "cpu", Console(quiet=True))
     return task, out
@@ -124,7 +124,7 @@ def test_a_study_from_its_trials_to_its_page(
     assert gap is not None and gap.rows == 80
     assert gap.mean == pytest.approx(100 * (np.mean(by_hand) - np.mean(plain)))
 
-    planned = design(found, [], study.SEEDS)
+    planned = design(found, study.SEEDS)
     assert planned is not None and planned.rows == 80
     monkeypatch.setattr(archive, "FOLDER", tmp_path)
     monkeypatch.setattr(page, "METHODS", ("lora", "dora"))
@@ -164,7 +164,8 @@ def test_the_committed_rows_make_the_committed_page() -> None:
     assert made in text
     assert page.prior_of([e for e, _ in kept]) == prior()
     for found, how in kept:
-        rows = [row for row in found.sweeps if row.status == DONE]
+        trials = archive.load(found.task.name).rows
+        rows = [row for row in trials if row.status == DONE]
         assert len(rows) > how["seeds"] and found.standings["lora"].quality is not None
 
 

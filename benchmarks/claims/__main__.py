@@ -65,7 +65,7 @@ def main() -> None:
         page.write(PAGE, evidence.all_archived())
     elif options.part == "design":
         for found, how in evidence.all_archived():
-            console.print(found.task.title, design(found, [], int(how["seeds"])))
+            console.print(found.task.title, design(found, int(how["seeds"])))
     else:
         name, arm, seed = options.cell
         console.print(str(again.run_again(task_named(name), arm, int(seed), options.data)))

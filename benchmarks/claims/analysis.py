@@ -17,11 +17,12 @@ from scipy import stats
 from benchmarks.claims.bleu import WrittenRow
 from benchmarks.claims.tasks import Task
 from lorakin.compare.estimates import Estimate, holm
+from lorakin.compare.prior import BETTER, SAME, WORSE
 from lorakin.compare.report_answers import LOSS, sign_of
-from lorakin.compare.results import ResultRow
 from lorakin.compare.standings import Standing, paired_difference
 
-BETTER, WORSE, SAME, UNKNOWN = "better", "worse", "the same", "not told apart"
+UNKNOWN = "not told apart"
+"""What an interval shows that shows none of the prior's verdicts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +80,11 @@ class Evidence:
     Attributes:
         task: the task.
         standings: arm → where it stands.
-        sweeps: all trials.
         written: what adapters wrote to the prompts of the reported rows, where that was looked at.
     """
 
     task: Task
     standings: Mapping[str, Standing]
-    sweeps: Sequence[ResultRow]
     written: Sequence[WrittenRow] = ()
 
     @property

@@ -59,7 +59,12 @@ def _written(task: Task, out: Path, row: ResultRow) -> WrittenRow:
     adapter = out / task.name / "trials" / row.trial.name
     report = str(out / task.name / "data" / "report.jsonl")
     found = evaluate_rows(
-        task.model, str(adapter), report, max_length=128, batch_size=8, sampling=Sampling(LONGEST)
+        task.model,
+        str(adapter),
+        report,
+        max_length=task.recipe["max_length"],
+        batch_size=task.recipe["batch_size"],
+        sampling=Sampling(LONGEST),
     )
     answers = found.answers
     assert answers is not None

@@ -1,6 +1,6 @@
 """How many steps, seeds and rows the study needs: computed from a pilot, before the other arms run.
 
-The pilot is plain LoRA and DoRA, three seeds at their best rates, and plain LoRA for twice the steps.
+The pilot is plain LoRA and DoRA, three seeds at their best rates.
 With s the spread between seeds of the paired difference, and σ that between rows, n seeds and m rows
 give a half width of
 
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
 from benchmarks.claims.analysis import Evidence
-from lorakin.compare.results import ResultRow
 from lorakin.compare.standings import Standing, paired_difference
 
 MOST_SEEDS = 30
@@ -36,7 +34,6 @@ class Design:
         seeds_needed: seeds for the target with these rows; None: no number of seeds reaches it.
         rows_needed: rows for the target with the study's seeds; None: no number of rows does.
         seconds: the processor's seconds of a trial.
-        later: by how much plain LoRA is better after twice the steps.
     """
 
     of_seeds: float
@@ -46,10 +43,9 @@ class Design:
     seeds_needed: int | None
     rows_needed: int | None
     seconds: float
-    later: float | None
 
 
-def design(e: Evidence, longer: Sequence[ResultRow], seeds: int) -> Design | None:
+def design(e: Evidence, seeds: int) -> Design | None:
     """Returns what the pilot says; None if it has not run."""
     plain, other = e.standings["lora"], e.standings["dora"]
     found = paired_difference(other.rows, plain.rows, e.task.measure)
@@ -78,14 +74,8 @@ def design(e: Evidence, longer: Sequence[ResultRow], seeds: int) -> Design | Non
         seeds_needed=next(by_seeds, None),
         rows_needed=next(by_rows, None),
         seconds=float(np.mean([row.step_work * row.steps for row in plain.done])),
-        later=_later(e, longer),
     )
 
 
 def _by_seed(e: Evidence, standing: Standing) -> dict[int, float]:
     return {row.trial.seed: (row.report or {})[e.task.measure] / e.unit for row in standing.done}
-
-
-def _later(e: Evidence, longer: Sequence[ResultRow]) -> float | None:
-    found = paired_difference(longer, e.standings["lora"].rows, e.task.measure)
-    return None if found is None else found.mean / e.unit

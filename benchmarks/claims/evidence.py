@@ -68,7 +68,7 @@ def evidence_of(task: Task, kept: archive.Archive) -> Evidence:
             by_name[s.arm.name] = dataclasses.replace(
                 by_name[s.arm.name], lr=s.lr, at_edge=s.at_edge
             )
-    return Evidence(task, by_name, kept.rows, archive.load_written(task.name))
+    return Evidence(task, by_name, archive.load_written(task.name))
 
 
 def _at(found: Sequence[Any], rows: Sequence[Any]) -> list[Any]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims import archive, pictures
-from benchmarks.claims.analysis import BETTER, SAME, WORSE, Difference, Evidence, corrected
+from benchmarks.claims.analysis import Difference, Evidence, corrected
 from benchmarks.claims.arms import METHODS
 from benchmarks.claims.bleu import WrittenRow, bleu_of, difference
 from benchmarks.claims.statements import STATEMENTS, unit_of, written
 from lorakin.compare.figures import with_interval
-from lorakin.compare.prior import Prior
+from lorakin.compare.prior import BETTER, SAME, WORSE, Prior
 from lorakin.compare.standings import Standing
 
 BEGIN, END = "<!-- made by: python -m benchmarks.claims page -->", "<!-- end -->"

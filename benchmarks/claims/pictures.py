@@ -15,7 +15,6 @@ from benchmarks.claims.statements import ratio
 
 AXES = {"trained": "trained parameters", "memory": "memory", "time": "time of a step"}
 REFERENCE = "lora"
-SHOWN_IN_CURVES = 6
 
 
 def pareto(evidence: Sequence[Evidence], names: Sequence[str], path: Path) -> None:

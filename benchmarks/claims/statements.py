@@ -11,7 +11,8 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks.claims.analysis import BETTER, SAME, WORSE, Difference, Evidence, over_tasks
+from benchmarks.claims.analysis import Difference, Evidence, over_tasks
+from lorakin.compare.prior import BETTER, SAME, WORSE
 from lorakin.compare.report_answers import LOSS
 from lorakin.report.magnitude_direction import Point, correlation
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakin.compare.figures import margin_of
 from lorakin.training.docstrings import docstring_rows
 
 Rows = list[dict[str, Any]]
@@ -28,7 +29,6 @@ class Task:
         model: the packaged model.
         measure: what is reported, and what the claims are judged by.
         chosen_by: what learning rates are chosen by, on the tuning rows.
-        target: the half width of a paired 95 % interval that the study aims at, in the measure.
         steps: the optimizer steps of a trial.
         recipe: fields of the recipe that all trials share.
         parts: returns the rows to train on and the rows to report on, from the folder with the
@@ -39,7 +39,6 @@ class Task:
     title: str
     model: str
     measure: str
-    target: float
     steps: int
     recipe: dict[str, Any]
     parts: Callable[[str], tuple[Rows, Rows]]
@@ -47,6 +46,13 @@ class Task:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chosen_by", self.chosen_by or self.measure)
+
+    @property
+    def target(self) -> float:
+        """The half width of a paired 95 % interval that the study aims at, in the measure."""
+        margin = margin_of(self.measure)
+        assert margin is not None, self.measure
+        return margin
 
 
 def glue(name: str, more: int) -> Callable[[str], tuple[Rows, Rows]]:
@@ -153,18 +159,18 @@ def classifier(steps: int, **recipe: Any) -> dict[str, Any]:
 
 
 TASKS: Sequence[Task] = (
-    Task("sst2", "SST-2", measure="accuracy", target=0.01, parts=glue("sst2", 2500), **classifier(400)),
-    Task("e2e", "E2E NLG", "smollm2", "loss", 0.02, 60,
+    Task("sst2", "SST-2", measure="accuracy", parts=glue("sst2", 2500), **classifier(400)),
+    Task("e2e", "E2E NLG", "smollm2", "loss", 60,
         {"batch_size": 8, "max_length": 128, "group_by_length": True}, e2e),
     # F1 of a constant answer is 0.80 there, more than that of a model that has learned a little.
-    Task("mrpc", "MRPC", measure="f1", chosen_by="accuracy", target=0.01, parts=glue("mrpc", 800),
+    Task("mrpc", "MRPC", measure="f1", chosen_by="accuracy", parts=glue("mrpc", 800),
         **classifier(240)),
-    Task("rte", "RTE", measure="accuracy", target=0.01, parts=glue("rte", 500), **classifier(160)),
-    Task("cola", "CoLA", measure="matthews", target=0.01, parts=glue("cola", 2000), **classifier(750, batch_size=32)),
-    Task("docstrings", "docstrings", "smollm2", "loss", 0.02, 60,
+    Task("rte", "RTE", measure="accuracy", parts=glue("rte", 500), **classifier(160)),
+    Task("cola", "CoLA", measure="matthews", parts=glue("cola", 2000), **classifier(750, batch_size=32)),
+    Task("docstrings", "docstrings", "smollm2", "loss", 60,
         {"batch_size": 4, "max_length": 128, "chat_template": False, "group_by_length": True},
         docstrings),
-    Task("reviews", "movie reviews", measure="accuracy", target=0.01, parts=reviews,
+    Task("reviews", "movie reviews", measure="accuracy", parts=reviews,
         **classifier(300, max_length=64)),
 )  # fmt: skip
 

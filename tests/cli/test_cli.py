@@ -19,7 +19,7 @@ import transformers
 import lorakin as lk
 from conftest import interruptible
 from lorakin.cli.app import run
-from lorakin.cli.recipe_options import split_names
+from lorakin.training.recipe_words import split_names
 
 COMMANDS = ["train", "generate", "chat", "doctor", "evaluate", "merge", "inspect", "demo"]
 

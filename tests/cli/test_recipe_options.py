@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import lorakin as lk
 from lorakin.cli.app import run
-from lorakin.cli.recipe_options import ALL_FIELDS, defaults, recipe_options
+from lorakin.cli.recipe_options import recipe_options
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_option import PANELS
+from lorakin.training.recipe_words import ALL_FIELDS, defaults
 
 
 def given(*arguments: str) -> dict[str, Any]:

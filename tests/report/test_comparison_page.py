@@ -8,12 +8,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lorakin.cli.recipe_options import ALL_FIELDS, recipe_options
+from lorakin.cli.recipe_options import recipe_options
 from lorakin.compare.arms import LIMIT, MEMBER, REFERENCE, Arm
 from lorakin.compare.estimates import Estimate
 from lorakin.compare.standings import Standing
 from lorakin.report.comparison_page import as_options
 from lorakin.report.comparison_table import arms_table
+from lorakin.training.recipe_words import ALL_FIELDS
 
 
 @pytest.mark.parametrize(

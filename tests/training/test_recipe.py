@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import lorakin as lk
-from lorakin.cli import recipe_options
 from lorakin.inject import biases
 from lorakin.inject.placement import RANK_ABOVE
+from lorakin.training import recipe_words
 from lorakin.training.answers import LOSS_ON
 from lorakin.training.recipe import Recipe, kinds
 from lorakin.training.recipe_file import read_recipe, write_recipe
@@ -97,7 +97,7 @@ def test_its_words_are_those_of_the_rooms_that_use_them() -> None:
 
 def test_every_setting_is_an_option_but_those_that_a_run_finds_out() -> None:
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert fields - set(recipe_options.ALL_FIELDS) == {"date", "labels"}
+    assert fields - set(recipe_words.ALL_FIELDS) == {"date", "labels"}
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from lorakin.cli.options import Json, console_for, examples, print_json
-from lorakin.cli.recipe_options import ALL_FIELDS, PANEL_OF, recipe_options
+from lorakin.cli.recipe_options import recipe_options
 from lorakin.cli.verbosity import messages_on
 from lorakin.terminal import labelled
 from lorakin.training.recipe_option import DATA, DEVICES, METHOD
+from lorakin.training.recipe_words import ALL_FIELDS, PANEL_OF
 
 EXAMPLES = examples(
     "lorakin lr-find --model smollm2 --data rows.jsonl",

@@ -9,8 +9,9 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from lorakin.cli.options import Json, Model, console_for, examples, print_json
-from lorakin.cli.recipe_options import defaults, recipe_options
+from lorakin.cli.recipe_options import recipe_options
 from lorakin.terminal import Terminal, labelled
+from lorakin.training.recipe_words import defaults
 from lorakin.waiting import waiting
 
 if TYPE_CHECKING:

@@ -10,25 +10,24 @@ Each option has the name, the type, the help and the default of the field.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 
-from lorakin.errors import SettingError
-from lorakin.training.formats import NAMES
-from lorakin.training.recipe import Recipe, field_value, kinds, option_of
-from lorakin.training.recipe_option import PANELS, Option
+from lorakin.training.recipe import kinds, option_of
+from lorakin.training.recipe_option import Option
 from lorakin.training.recipe_values import plain
-
-TEMPLATE = "chat_template"
-PANEL_OF = {name: option.panel for name in kinds() if (option := option_of(name)) is not None}
-ALL_FIELDS = tuple(sorted(PANEL_OF, key=lambda name: PANELS.index(PANEL_OF[name])))
-"""The fields of `Recipe` that the command line offers, group by group."""
+from lorakin.training.recipe_words import (
+    READERS,
+    TEMPLATE,
+    choices_of,
+    default_in_words,
+    given_fields,
+)
 
 
 def recipe_options(
@@ -51,7 +50,7 @@ def recipe_options(
         @functools.wraps(command)
         def wrapped(**given: Any) -> None:
             raw = {parameter.name: given.pop(parameter.name) for parameter in added}
-            command(**given, **_fields(names, raw))
+            command(**given, **given_fields(names, raw))
 
         parameters = [
             *(p for p in declared if p.kind is p.POSITIONAL_OR_KEYWORD),
@@ -64,43 +63,6 @@ def recipe_options(
         return wrapped
 
     return decorate
-
-
-def defaults(*names: str) -> dict[str, Any]:
-    """Returns the defaults of these fields of `Recipe`.
-
-    >>> defaults("batch_size", "targets")
-    {'batch_size': 8, 'targets': ['all-linear']}
-    """
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    factories = {name: fields[name].default_factory for name in names}
-    return {
-        name: fields[name].default if factory is dataclasses.MISSING else factory()
-        for name, factory in factories.items()
-    }
-
-
-def split_names(texts: Sequence[str]) -> list[str]:
-    """Returns the names in texts with commas; a regular expression with braces is not split.
-
-    >>> split_names(["q_proj,v_proj", "layers.[0-9]{1,2}"])
-    ['q_proj', 'v_proj', 'layers.[0-9]{1,2}']
-    """
-    lists = ([text] if "{" in text else text.split(",") for text in texts)
-    return [name.strip() for names in lists for name in names if name.strip()]
-
-
-READERS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "data": list,
-    "method": ",".join,
-    "targets": split_names,
-    "exclude": split_names,
-    "modules_to_save": split_names,
-    "trainable_tokens": split_names,
-    "report_to": split_names,
-    "data_weights": split_names,
-}
-"""Fields whose options may be given several times → the function from the texts to the value."""
 
 
 def _parameters(name: str, grouped: bool) -> Iterator[inspect.Parameter]:
@@ -116,7 +78,7 @@ def _parameters(name: str, grouped: bool) -> Iterator[inspect.Parameter]:
         kind = list[str]
     elif typing.get_origin(kind) is typing.Literal:
         kind = str  # `Recipe` refuses other words
-    words = _words(name)
+    words = choices_of(name)
     typer_option = typer.Option(
         *flags,
         help=_help(name, option),
@@ -141,14 +103,6 @@ def _no(name: str, panel: str | None) -> inspect.Parameter:
     return _parameter(f"no_{name}", bool, option, False)
 
 
-def _words(name: str) -> list[str]:
-    """Returns the words that a field may be, for the shell to complete; none if there are many."""
-    kind = plain(kinds()[name])
-    if typing.get_origin(kind) is typing.Literal:
-        return list(typing.get_args(kind))
-    return list(NAMES) if name == "format" else []
-
-
 def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
     annotation = Annotated[kind, option]
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -156,51 +110,5 @@ def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Param
 
 
 def _help(name: str, option: Option) -> str:
-    value = None if name in (TEMPLATE, "model", "data", "out") else defaults(name)[name]
-    default = option.default
-    if default is None and value not in (None, [], {}):
-        if isinstance(value, bool):
-            default = "yes" if value else "no"
-        else:
-            default = ",".join(value) if isinstance(value, list) else f"{value}"
-        default = default.removesuffix(".0")
+    default = default_in_words(name)
     return f"{option.help} \\[default: {default}]".strip() if default else option.help
-
-
-def _fields(names: Sequence[str], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that the user gave, as `Recipe` takes them.
-
-    Raises:
-        SettingError: a text is not NAME=VALUE, an option and its --no- are given, or a value does
-            not fit the field.
-    """
-    from lorakin.training.yaml_values import parse_columns, parse_settings
-
-    fields: dict[str, Any] = {}
-    for name in names:
-        value = raw[name]
-        if raw.get(f"no_{name}"):
-            if value is not None:
-                flag = _called(name)
-                raise SettingError(f"{flag} and --no-{flag[2:]} contradict each other; give one")
-            value = False
-        elif not value and isinstance(value, list | None):
-            continue
-        elif name in READERS:
-            value = READERS[name](value)
-        elif name == "columns":
-            value = parse_columns(value)
-        elif isinstance(value, list):
-            value = parse_settings(value, _called(name))
-        fields[name] = value if value is False else field_value(name, value, _called(name))
-    return fields
-
-
-def _called(name: str) -> str:
-    """Returns a field's option as messages call it.
-
-    >>> _called("max_rows"), _called("chat_template"), _called("settings")
-    ('--max-rows', '--chat-template', '--set')
-    """
-    option = option_of(name)
-    return option.names[0] if option and option.names else "--" + name.replace("_", "-")

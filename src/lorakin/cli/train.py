@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakin.cli.options import Json, console_for, examples, print_json
-from lorakin.cli.recipe_options import ALL_FIELDS, recipe_options
+from lorakin.cli.recipe_options import recipe_options
 from lorakin.cli.verbosity import messages_on
 from lorakin.terminal import Terminal, labelled
 from lorakin.terminal import command as shell_command
 from lorakin.training.recipe_option import DEVICES, OUTPUT
+from lorakin.training.recipe_words import ALL_FIELDS
 
 if TYPE_CHECKING:
     from lorakin.training.train import Result

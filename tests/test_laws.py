@@ -33,6 +33,7 @@ ROOMS = [
     "serving",
     "compare",
     "report",
+    "ui",
     "cli",
     "__main__",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakin.training.progress import Metrics
+from lorakin.training.metrics_file import Metrics
 
 
 @pytest.fixture

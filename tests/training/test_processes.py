@@ -23,7 +23,7 @@ import soak
 from conftest import MEMBERS, tiny_llama
 from lorakin.training import run_directory
 from lorakin.training import train as training
-from lorakin.training.progress import Metrics
+from lorakin.training.metrics_file import Metrics
 from training.worker import BASES, load, train
 
 TRIED = BASES if soak.is_slow() else ["plain", "experts", "nf4"]

@@ -17,7 +17,7 @@ import pytest
 import lorakin as lk
 import soak
 from lorakin.storage.summary import importance_in
-from lorakin.training.progress import Metrics
+from lorakin.training.metrics_file import Metrics
 from lorakin.training.recipe_file import read_recipe
 from lorakin.training.yaml_values import parse_settings
 

@@ -16,7 +16,7 @@ from rich.console import Console
 import lorakin as lk
 from lorakin.training import checkpoint_manifest, run_directory, watching
 from lorakin.training import train as training
-from lorakin.training.progress import Metrics
+from lorakin.training.metrics_file import Metrics
 from lorakin.training.recipe import Recipe
 from training.saved import same
 

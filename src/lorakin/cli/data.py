@@ -55,20 +55,9 @@ def command(
 def _show(console: Terminal, found: Preview) -> None:
     from lorakin.training.preview import histogram
 
-    console.print(labelled("data    ", f"{found.name}: {found.summary}"))
-    console.print(labelled("task    ", found.task))
-    shortest, median, high, longest = found.quantiles()
-    what, counted = "row", f"{found.rows:,} rows"
-    if len(found.lengths) > found.rows:
-        what, counted = "text", f"{len(found.lengths):,} texts of {found.rows:,} rows"
-    console.print(
-        labelled(
-            "tokens  ",
-            f"{sum(found.lengths):,} in {counted}, {found.learned:,} learned; a {what} has "
-            f"{shortest} to {longest}, half at most {median}, 95 % at most {high}",
-        )
-    )
-    table = Table("tokens", f"{what}s", "", box=SIMPLE, padding=(0, 1, 0, 0))
+    for label, fact in found.facts():
+        console.print(labelled(f"{label:<8}", visible(fact)))
+    table = Table("tokens", f"{found.counted}s", "", box=SIMPLE, padding=(0, 1, 0, 0))
     bins = histogram(found.lengths, found.max_length)
     most = max(count for _, count in bins)
     for name, count in bins:
@@ -76,16 +65,8 @@ def _show(console: Terminal, found: Preview) -> None:
     console.print(table)
     for line in found.epoch.lines():
         console.print(labelled("epoch   ", visible(line)))
-    for count, what in (
-        (found.cut, f"rows are cut at {found.max_length} tokens: their last answers do not end"),
-        (found.dropped, f"rows have nothing to learn within {found.max_length} tokens"),
-        (found.doubled, "rows stand there before, token by token"),
-        (found.held_out[1], f"of {found.held_out[0]:,} held-out rows are trained on, too"),
-    ):
-        if count:
-            console.print(labelled(f"{count:,} ", what, "yellow"))
-    if found.unused is not None:
-        console.print(labelled("", visible(found.unused), "yellow"))
+    for trouble in found.troubles():
+        console.print(labelled("", visible(trouble), "yellow"))
     for example in found.examples:
         console.print(labelled("example ", ""))
         console.print(example)

@@ -16,7 +16,6 @@ from lorakin.waiting import waiting
 
 if TYPE_CHECKING:
     from lorakin.plan.advice import Advice
-    from lorakin.plan.prediction import Plan
 
 EXAMPLES = examples(
     "lorakin plan --model smollm2",
@@ -90,30 +89,16 @@ def command(
 
 def show(advice: Advice, console: Terminal) -> None:
     """Prints the table, and what follows from it."""
+    from lorakin.plan.table import TITLES, cells_of
+
     console.print(labelled("model  ", advice.headline))
     console.print(labelled("memory ", advice.memory_line))
-    table = Table(Column("method", no_wrap=True), box=SIMPLE, padding=(0, 1, 0, 0))
-    for title in ("rank", "trained", "adapter", "optimizer", "activ.", "peak", "step ×", "fits"):
+    first, *others = TITLES
+    table = Table(Column(first, no_wrap=True), box=SIMPLE, padding=(0, 1, 0, 0))
+    for title in others:
         table.add_column(title, justify="right", no_wrap=True)
-    for row in advice.rows:
-        if row.plan is not None:
-            table.add_row(*_cells(row.plan, row.fits))
+    for cells in cells_of(advice):
+        table.add_row(*cells)
     console.print(table)
     for line in advice.lines():
         console.print(line)
-
-
-def _cells(plan: Plan, fits: bool | None) -> list[str]:
-    from lorakin.plan.memory import size
-
-    return [
-        plan.method + ("*" if plan.supposed else ""),
-        "" if plan.rank is None else str(plan.rank),
-        f"{plan.trainable_parameters:,}",
-        size(plan.adapter_bytes),
-        size(plan.optimizer_bytes),
-        size(plan.activation_bytes),
-        size(plan.peak),
-        f"{plan.step:.2f}",
-        {True: "✔", False: "✗", None: "?"}[fits],
-    ]

@@ -23,6 +23,7 @@ from lorakin.compare.split import Parts
 from lorakin.errors import OutputError, SettingError
 from lorakin.storage import atomic, locks, paths
 from lorakin.storage.schema import SchemaError, checked, short_repr
+from lorakin.training.run_files import LOG
 from lorakin.training.yaml_values import read_yaml
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
@@ -51,7 +52,7 @@ def locked(comparison: Comparison) -> Iterator[None]:
     is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = locks.acquire(out / LOCK)
+        lock = locks.acquire(out / LOCK, wait=0.1)
     except locks.LockTaken as error:
         raise OutputError(f"--out {out} is in use by another lorakin compare ({error})") from None
     except OSError as error:
@@ -76,7 +77,7 @@ def check_out(comparison: Comparison, out: Path) -> bool:
         raise OutputError(f"--out {out} is a file, expected a directory")
     _check_links(out)
     if not (out / SETTINGS).is_file():
-        if out.is_dir() and any(path.name not in (DATA, LOCK) for path in out.iterdir()):
+        if out.is_dir() and any(path.name not in (DATA, LOCK, LOG) for path in out.iterdir()):
             raise OutputError(
                 f"--out {out} is not empty and holds no comparison; choose another directory"
             )

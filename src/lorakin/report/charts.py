@@ -13,7 +13,7 @@ from lorakin.compare.report_answers import sign_of, words_of
 from lorakin.compare.standings import Standing
 from lorakin.report.page import Cell, Column, Figure, Table
 from lorakin.report.vega import MUTED, data, tooltip
-from lorakin.training.progress import running_mean
+from lorakin.training.metrics_file import running_mean
 
 SMOOTHING = 0.8
 """The smoothing of the running mean of a training loss."""

@@ -22,13 +22,13 @@ from lorakin.errors import LorakinWarning
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(fd: int) -> None:
+    def _lock(fd: int, is_shared: bool = False) -> None:
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
-    def _lock(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _lock(fd: int, is_shared: bool = False) -> None:
+        fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 ERRNO_LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
@@ -129,6 +129,43 @@ def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def hold(fd: int) -> None:
+    """Takes the lock of an open file for this process and all that inherit it open.
+
+    The lock ends when the last of them has ended or closed it, so it tells whether a process lives
+    whose output is the file.
+
+    Raises:
+        LockTaken: somebody else holds it.
+        OSError: the file system has no locks.
+    """
+    try:
+        _lock(fd)
+    except OSError as error:
+        if error.errno in ERRNO_LOCKED:
+            raise LockTaken("another process") from None
+        raise
+
+
+def holder(path: Path) -> str | None:
+    """Returns who holds the lock of the file `path`, as `process 7 on machine`; None if nobody.
+
+    Nothing is made or written. Those who look at the same time do not see each other.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return None
+    try:
+        _lock(fd, is_shared=True)
+    except OSError as error:
+        if error.errno in ERRNO_LOCKED:
+            return os.read(fd, 200).decode(errors="replace")
+    finally:
+        os.close(fd)
+    return None
 
 
 def _is_there(path: Path, fd: int) -> bool:

@@ -21,7 +21,7 @@ from lorakin.errors import DivergedError, SettingError
 from lorakin.family.settings import require
 from lorakin.storage import atomic
 from lorakin.training import train as training
-from lorakin.training.progress import running_mean
+from lorakin.training.metrics_file import running_mean
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_trainer import RunTraining, trainer_of
 

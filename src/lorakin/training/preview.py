@@ -72,6 +72,34 @@ class Preview:
         high = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
         return ordered[0], int(statistics.median(ordered)), high, ordered[-1]
 
+    @property
+    def counted(self) -> str:
+        """What the lengths are of: each row, or several texts of a row."""
+        return "text" if len(self.lengths) > self.rows else "row"
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns what it is, in words: (label, text)."""
+        shortest, median, high, longest = self.quantiles()
+        counted = f"{self.rows:,} rows"
+        if self.counted == "text":
+            counted = f"{len(self.lengths):,} texts of {counted}"
+        tokens = (
+            f"{sum(self.lengths):,} in {counted}, {self.learned:,} learned; a {self.counted} has "
+            f"{shortest} to {longest}, half at most {median}, 95 % at most {high}"
+        )
+        return [("data", f"{self.name}: {self.summary}"), ("task", self.task), ("tokens", tokens)]
+
+    def troubles(self) -> list[str]:
+        """Returns what is lost, doubled or not read, in words."""
+        counts = (
+            (self.cut, f"rows are cut at {self.max_length} tokens: their last answers do not end"),
+            (self.dropped, f"rows have nothing to learn within {self.max_length} tokens"),
+            (self.doubled, "rows stand there before, token by token"),
+            (self.held_out[1], f"of {self.held_out[0]:,} held-out rows are trained on, too"),
+        )
+        found = [f"{count:,} {what}" for count, what in counts if count]
+        return found if self.unused is None else [*found, self.unused]
+
     def as_dict(self) -> dict[str, Any]:
         """Returns it for `--json`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -94,6 +94,11 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
         OutputError: the file cannot be written.
     """
     header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
+    atomic.write(path.parent, {path.name: (header + as_yaml(recipe)).encode()})
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """Returns a recipe as YAML, without the settings that are None or empty."""
     settings = without_empty({name: getattr(recipe, name) for name in kinds()})
-    text = header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    atomic.write(path.parent, {path.name: text.encode()})
+    text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return text

@@ -13,9 +13,19 @@ from lorakin.storage import locks, paths
 from lorakin.training import checkpoint_manifest, checkpoints, processes
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe, settings_in, without_empty
+from lorakin.training.run_files import CHECKPOINTS, LOCK, LOG, METRICS, PICTURE, RECIPE
 
-RECIPE, CHECKPOINTS, LOCK = "recipe.yaml", "checkpoints", ".lock"
-METRICS, PICTURE = "metrics.jsonl", "loss.png"
+__all__ = [
+    "CHECKPOINTS",
+    "LOCK",
+    "METRICS",
+    "PICTURE",
+    "RECIPE",
+    "RunDirectoryLock",
+    "described",
+    "lock_run_directory",
+    "resumed_recipe",
+]
 
 
 class RunDirectoryLock:
@@ -102,7 +112,7 @@ def _check_place(out: Path) -> None:
 
 def _check_contents(out: Path, resume: bool) -> None:
     """Checks that the directory is empty or, for a run that resumes, a run's."""
-    if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
+    if not out.is_dir() or all(path.name in (LOCK, LOG) for path in out.iterdir()):
         return
     if not resume:
         raise OutputError(
@@ -123,7 +133,8 @@ def _acquire(directory_lock: RunDirectoryLock, out: Path) -> None:
     ]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        directory_lock.lock = locks.acquire(out / LOCK)
+        # Whoever looks whether a lock is held holds it for a moment.
+        directory_lock.lock = locks.acquire(out / LOCK, wait=0.1)
     except locks.LockTaken as error:
         raise OutputError(
             f"--out {out} is in use: {error} is at work there. Wait until it has ended, or choose "

@@ -19,9 +19,10 @@ from lorakin.terminal import command, labelled
 from lorakin.training import checkpoint_manifest, checkpoints, processes, run_directory, watching
 from lorakin.training.alarms import Alarms, warn
 from lorakin.training.evaluate import described
+from lorakin.training.metrics_file import Metrics
 from lorakin.training.preference_trainer import left_as_it_was
 from lorakin.training.prepare import prepare
-from lorakin.training.progress import Metrics, Watch
+from lorakin.training.progress import Watch
 from lorakin.training.run import PreparedRun, Result
 from lorakin.training.run_report import notes
 from lorakin.training.run_trainer import RunTraining, trainer_of

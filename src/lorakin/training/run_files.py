@@ -1,0 +1,8 @@
+"""The names of the files in a run's directory."""
+
+from __future__ import annotations
+
+RECIPE, CHECKPOINTS, LOCK = "recipe.yaml", "checkpoints", ".lock"
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
+LOG = "log.txt"
+"""What a run prints that `lorakin ui` started."""

@@ -34,8 +34,9 @@ from lorakin.errors import DivergedError, LorakinError, LorakinWarning
 from lorakin.storage.summary import importance_in
 from lorakin.terminal import Terminal
 from lorakin.training import train
-from lorakin.training.metrics_file import Metrics, memory_bytes, peak_memory_bytes
+from lorakin.training.metrics_file import Metrics
 from lorakin.training.prepare import encoded
+from lorakin.training.progress import memory_bytes, peak_memory_bytes
 from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import METRICS

@@ -30,6 +30,7 @@ from lorakin.cli import (
     push,
     serve,
     train,
+    ui,
 )
 from lorakin.cli.verbosity import Quiet, Verbose, chosen, is_first, with_verbosity
 from lorakin.errors import LorakinError, LorakinWarning
@@ -75,6 +76,7 @@ for module in (
     methods,
     doctor,
     demo,
+    ui,
 ):
     name = module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(name, help=flowing(module.command.__doc__), epilog=module.EXAMPLES)(

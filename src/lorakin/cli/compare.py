@@ -9,6 +9,7 @@ import typer
 from lorakin.cli.options import Json, console_for, examples, print_json
 from lorakin.cli.recipe_options import recipe_options
 from lorakin.cli.verbosity import messages_on
+from lorakin.compare.shared_fields import OF_A_RECIPE
 from lorakin.training.recipe import DATA_HELP, MODEL_HELP
 
 if TYPE_CHECKING:
@@ -56,12 +57,7 @@ Alpha = Annotated[
 Settings = Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)]
 
 
-@recipe_options(
-    "targets", "rank_above", "batch_size", "accumulate", "max_length", "loss_on", "columns",
-    "format", "task", "task_args", "max_rows", "packing", "group_by_length", "chat_template",
-    "template_args", "schedule", "schedule_args", "gradient_checkpointing", "fuse", "dtype",
-    "quantize",
-)  # fmt: skip
+@recipe_options(*OF_A_RECIPE)
 def command(
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)],
     data: Annotated[str, typer.Option("--data", "-d", help=DATA_HELP)],

@@ -1,0 +1,82 @@
+"""What every handler of the page has in common: errors of lorakin are shown as sentences."""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from lorakin.errors import LorakinError
+from lorakin.terminal import shortened, visible
+from lorakin.ui import warm
+
+
+def problem(error: LorakinError) -> str:
+    """Returns an error as HTML that a screen reader reads out at once."""
+    return f'<p role="alert" class="problem">{html.escape(visible(shortened(str(error))))}</p>'
+
+
+def note(text: str) -> str:
+    """Returns a message as HTML that a screen reader reads out when it is idle.
+
+    >>> note("3 rows < 4")
+    '<p role="status">3 rows &lt; 4</p>'
+    """
+    return f'<p role="status">{html.escape(visible(text))}</p>'
+
+
+def answered(handler: Callable[..., tuple[Any, ...]], outputs: int) -> Callable[..., Any]:
+    """Returns a handler of `outputs` values, and a last one for a sentence on what went wrong.
+
+    After an error the other values stay as they were.
+    """
+
+    @functools.wraps(handler)
+    def wrapped(*values: Any) -> tuple[Any, ...]:
+        warm.wait()
+        try:
+            return (*handler(*values), "")
+        except LorakinError as error:
+            return (*[gr.skip() for _ in range(outputs)], problem(error))
+
+    return wrapped
+
+
+def answered_in_pieces(
+    handler: Callable[..., Iterator[tuple[Any, ...]]], outputs: int
+) -> Callable[..., Any]:
+    """Returns the same for a handler that yields values while they come."""
+
+    @functools.wraps(handler)
+    def wrapped(*values: Any) -> Iterator[tuple[Any, ...]]:
+        warm.wait()
+        try:
+            for piece in handler(*values):
+                yield (*piece, "")
+        except LorakinError as error:
+            yield (*[gr.skip() for _ in range(outputs)], problem(error))
+
+    return wrapped
+
+
+def when_new(read: Callable[..., tuple[Any, ...]], count: int) -> Callable[..., tuple[Any, ...]]:
+    """Returns a handler for a timer: of what it reads, `count` values, and how it looks.
+
+    The last input is how it looked before; nothing changes where it looks the same.
+    """
+
+    def handler(*values: Any) -> tuple[Any, ...]:
+        now = read(*values[:-1])
+        if repr(now) == values[-1]:
+            return tuple(gr.skip() for _ in range(count + 1))
+        return (*now, repr(now))
+
+    return handler
+
+
+def place_for_problems() -> Any:
+    """Returns the component that shows them."""
+    return gr.HTML("", padding=False)

@@ -1,0 +1,227 @@
+"""The part Compare: methods under one budget, their cost before, their trials, the verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lorakin.compare.shared_fields import OF_A_RECIPE
+from lorakin.errors import OutputError, SettingError, StateError
+from lorakin.terminal import Terminal, command
+from lorakin.training.run_files import LOG
+from lorakin.ui import jobs, recipe_form, runs
+from lorakin.ui.answered import answered, place_for_problems, when_new
+from lorakin.ui.data_part import FIELDS, DataInputs
+from lorakin.ui.look_part import framed
+from lorakin.ui.warm import wait
+
+MORE = tuple(name for name in OF_A_RECIPE if name not in FIELDS)
+"""Fields that all trials share and that the part Data does not have."""
+OWN = {
+    "methods": ("lora dora", "all", "Methods with spaces between, such as: dora vera dora,lora+."),
+    "budget": ("steps=200", "", "Of each trial: steps=… or minutes=…; perhaps params=…."),
+    "seeds": ("3", "", "Runs of each method at its best learning rate."),
+    "lr-sweep": ("auto", "", "Learning rates to try: auto, or rates such as 1e-4,3e-4."),
+    "rank": ("", "16", "Rank at which methods are compared."),
+    "metric": ("", "the task's own", "What decides: loss, or a metric of the task."),
+    "eval-data": ("", "split off the data", "Rows to report on."),
+}
+"""Options of `lorakin compare` → what the form says, the default in words, the help."""
+TITLES = ("trial", "state", "tuning loss", "held-out loss", "seconds")
+REPORT = "report.html"
+
+
+def build(data: DataInputs, folder: Path, timer: Any) -> None:
+    """Builds the part."""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            out = gr.Textbox(
+                label="out", value="comparison", elem_id="compare-out",
+                info=f"The name of a directory in {folder.resolve().name}.",
+            )  # fmt: skip
+            own = {
+                name: gr.Textbox(
+                    value,
+                    label=name.replace("-", " "),
+                    placeholder=default,
+                    info=info,
+                    elem_id=f"compare-{name}",
+                )
+                for name, (value, default, info) in OWN.items()
+            }
+            with gr.Accordion("More", open=False):
+                fields = {
+                    name: recipe_form.input_of(name, elem_id=f"compare-{name}") for name in MORE
+                }
+        with gr.Column(scale=3, min_width=300):
+            problem = place_for_problems()
+            line = gr.Code(label="The command", language="shell", interactive=False, lines=1)
+            cost = gr.Button("What it costs", elem_id="cost")
+            costs = gr.Textbox(label="The cost", lines=4, interactive=False, elem_id="costs")
+            start = gr.Button("Start or resume", variant="primary", elem_id="compare")
+    of_data = [
+        component
+        for name, component in zip(data.names, data.components, strict=True)
+        if name in OF_A_RECIPE
+    ]
+    names = (*(name for name in data.names if name in OF_A_RECIPE), *fields)
+    inputs = [data.model, data.data, out, *own.values(), *of_data, *fields.values()]
+
+    def words(*values: Any) -> list[str]:
+        return _words(folder, names, *values)
+
+    for component in inputs:
+        component.change(
+            answered(lambda *values: (command("lorakin", *words(*values)),), 1), inputs,
+            [line, problem], show_progress="hidden", trigger_mode="always_last",
+        )  # fmt: skip
+    cost.click(answered(lambda *values: (_cost(names, *values),), 1), inputs, [costs, problem])
+    chosen = _build_trials(folder, timer)
+    start.click(answered(lambda *values: _started(words(*values)), 1), inputs, [chosen, problem])
+
+
+def _build_trials(folder: Path, timer: Any) -> Any:
+    """Builds the trials of a comparison; returns the component that chooses one."""
+    gr.Markdown("## Comparisons")
+    with gr.Row():
+        chosen = gr.Dropdown([], label="comparison", min_width=300, elem_id="comparison")
+        pause = gr.Button("Pause", elem_id="compare-pause")
+        show = gr.Button("Show the report", elem_id="report")
+    problem = place_for_problems()
+    state = gr.Markdown("", elem_id="compare-state")
+    table = gr.Dataframe(
+        headers=list(TITLES), label="Trials", interactive=False, wrap=True, elem_id="trials"
+    )
+    log = gr.Textbox(
+        label="What it prints", lines=8, max_lines=16, interactive=False, elem_id="compare-log"
+    )
+    report = gr.HTML("", elem_id="compare-report")
+    seen = gr.State("")
+    looked = [chosen, state, table, log]
+    look: dict[str, Any] = {
+        "fn": _trials_when_new(folder, len(looked)), "inputs": [chosen, seen],
+        "outputs": [*looked, seen], "show_progress": "hidden",
+    }  # fmt: skip
+    timer.tick(**look, trigger_mode="once")
+    chosen.input(**look)
+    pause.click(answered(lambda name: _paused(folder, name), 0), [chosen], [problem])
+    show.click(answered(lambda name: (_report(folder, name),), 1), [chosen], [report, problem])
+    return chosen
+
+
+def _trials_when_new(folder: Path, count: int) -> Any:
+    def read(chosen: str | None) -> tuple[Any, ...]:
+        found = {run.name: run for run in runs.listed(folder) if run.kind == runs.COMPARISON}
+        name = chosen if chosen in found else next(iter(found), None)
+        names = gr.Dropdown([*found], value=name)
+        if name is None:
+            return names, "", [], ""
+        run = found[name]
+        state = f"{run.name}: {run.state}" + (f". {run.reason}" if run.reason else "")
+        return names, state, trials(run.path), runs.log_of(run.path / LOG)
+
+    return when_new(read, count)
+
+
+def trials(path: Path) -> list[list[str]]:
+    """Returns the trials of a comparison that have ended: the cells under `TITLES`."""
+    wait()
+    from lorakin.compare.results import ResultRow
+
+    rows: list[list[str]] = []
+    try:
+        lines = (path / runs.RESULTS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError:
+        return rows
+    for line in (line for line in lines if line.endswith("\n")):  # the last may be in writing
+        with contextlib.suppress(ValueError, RecursionError):
+            row = ResultRow.from_json(line)
+            state = f"{row.status}: {row.reason}" if row.reason else row.status
+            losses = [f"{of['loss']:.4f}" if of else "" for of in (row.tune, row.report)]
+            rows.append([row.trial.name, state, *losses, f"{row.seconds:.0f}"])
+    return rows
+
+
+def _words(folder: Path, names: Sequence[str], *values: Any) -> list[str]:
+    model, data, out, *rest = values
+    own, fields = rest[: len(OWN)], rest[len(OWN) :]
+    words = ["compare", "--model", _given("model", model), "--data", _given("data", data)]
+    for name, value in zip(OWN, own, strict=True):
+        words += [f"--{name}", str(value).strip()] if str(value or "").strip() else []
+    words += recipe_form.words_of(recipe_form.raw_of(names, fields))
+    return [*words, "--out", str(runs.place(folder, out))]
+
+
+def _given(name: str, value: str) -> str:
+    text = value.strip()
+    if not text:
+        raise SettingError(f"{name} is missing; name it at the head of the page")
+    if "\n" in text:
+        raise SettingError(f"a comparison takes one {name}, and these are several lines: {text!r}")
+    return text
+
+
+def _cost(names: Sequence[str], *values: Any) -> str:
+    from lorakin.compare.comparison import Comparison
+    from lorakin.compare.preparation import prepare
+    from lorakin.family.method_words import methods_of
+
+    model, data, _, *rest = values
+    given = zip(OWN, rest[: len(OWN)], strict=True)
+    own = {name: str(value or "").strip() for name, value in given}
+    fields = recipe_form.fields_of(recipe_form.raw_of(names, rest[len(OWN) :]))
+    with tempfile.TemporaryDirectory() as scratch:
+        comparison = Comparison(
+            model=_given("model", model), data=_given("data", data), out=f"{scratch}/comparison",
+            methods=methods_of(own["methods"] or "all"), budget=own["budget"] or "steps=200",
+            seeds=_whole("seeds", own["seeds"] or "3"), sweep=own["lr-sweep"] or "auto",
+            eval_data=own["eval-data"] or None, metric=own["metric"] or None,
+            rank=_whole("rank", own["rank"]) if own["rank"] else None, recipe=fields,
+        )  # fmt: skip
+        prepared = prepare(comparison, Terminal(quiet=True))
+        count, parts = prepared.expected(), prepared.parts
+    lines = [f"about {count} trials, {comparison.parsed_budget} each"]
+    if (steps := comparison.parsed_budget.steps) is not None:
+        lines[0] += f": {count * steps:,} optimizer steps in all"
+    lines.append(
+        f"{parts.train:,} rows to train on, {parts.tune} to choose learning rates by, "
+        f"{parts.report} to report on"
+    )
+    lines += [
+        f"{arm.title}: left out, {arm.refused}" if arm.refused else arm.title
+        for arm in prepared.arms
+    ]
+    return "\n".join(lines)
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingError(f"--{name} must be a whole number, not {text!r}") from None
+
+
+def _started(words: list[str]) -> tuple[Any]:
+    out = Path(words[-1])
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out} is a file, expected a directory")
+    jobs.start(words, out / LOG)
+    return (gr.Dropdown([out.name], value=out.name),)
+
+
+def _paused(folder: Path, name: str | None) -> tuple[Any, ...]:
+    jobs.interrupt(runs.place(folder, name or ""))
+    return ()
+
+
+def _report(folder: Path, name: str | None) -> str:
+    path = runs.place(folder, name or "") / REPORT
+    try:
+        return framed(path.read_text(encoding="utf-8"), f"The report of {name}")
+    except OSError:
+        raise StateError(f"{path} is not there yet; it is written when trials end") from None

@@ -1,0 +1,150 @@
+"""The part Data: the user's rows as training would see them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import pandas as pd
+
+from lorakin.errors import SettingError
+from lorakin.training.recipe_option import DATA
+from lorakin.ui import recipe_form, uploads
+from lorakin.ui.answered import answered, place_for_problems
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from lorakin.training.preview import Preview
+
+OPEN = ("columns", "format", "chat_template", "loss_on", "max_length", "max_rows")
+TOP = ("model", "data")
+FIELDS = (*OPEN, *recipe_form.group((*TOP, *OPEN), DATA))
+"""The fields of this part's form."""
+LEARNED, BRACKETS = "learned", "⟦⟧"
+EXAMPLES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInputs:
+    """What other parts take from this one: the model, the data, and how they are read.
+
+    Attributes:
+        model, data: the fields at the head of the page.
+        fields: the components of `FIELDS`.
+    """
+
+    model: Any
+    data: Any
+    fields: list[Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields of all of them."""
+        return (*TOP, *FIELDS)
+
+    @property
+    def components(self) -> list[Any]:
+        """All of them."""
+        return [self.model, self.data, *self.fields]
+
+
+def build(model: Any, data: Any, runs: Path) -> DataInputs:
+    """Builds the part.
+
+    Args:
+        model, data: the fields at the head of the page.
+        runs: the folder of the runs, where files are kept.
+    """
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            file = gr.File(
+                label="Drop a file here, or choose one", file_count="single", elem_id="upload"
+            )
+            fields = {name: recipe_form.input_of(name) for name in OPEN}
+            with gr.Accordion("More", open=False):
+                fields |= {name: recipe_form.input_of(name) for name in FIELDS[len(OPEN) :]}
+            look = gr.Button("Preview", variant="primary", elem_id="preview")
+        with gr.Column(scale=3, min_width=300):
+            problem = place_for_problems()
+            facts = gr.Dataframe(
+                headers=["", "what training would make of it"], label="The data", wrap=True,
+                interactive=False, elem_id="facts", column_widths=["20%", "80%"],
+            )  # fmt: skip
+            lengths = gr.BarPlot(x="tokens", y="rows", label="Lengths", height=180, sort=None)
+            examples = [
+                gr.HighlightedText(
+                    label=label,
+                    color_map={LEARNED: "green"},
+                    show_inline_category=False,
+                    show_legend=True,
+                    elem_id=f"example-{number}",
+                )
+                for number, label in enumerate(("Shortest row", "Median row", "Longest row"))
+            ]
+    inputs = DataInputs(model, data, list(fields.values()))
+    outputs = [facts, lengths, *examples]
+    show = answered(lambda *values: _shown(*_fields(inputs, values)), len(outputs))
+    told: dict[str, Any] = {
+        "fn": show, "inputs": inputs.components, "outputs": [*outputs, problem],
+        "trigger_mode": "always_last", "show_progress": "minimal",
+    }  # fmt: skip
+    look.click(**told)
+    for component in (model, data, *fields.values()):
+        is_typed = isinstance(component, gr.Textbox)
+        (component.submit if is_typed else component.input)(**told)
+    file.upload(
+        answered(lambda path: (_kept(path, runs),), 1),
+        [file],
+        [data, problem],
+    ).success(**told)
+    return inputs
+
+
+def _kept(path: str, runs: Path) -> str:
+    return uploads.keep(Path(path), runs).as_posix()
+
+
+def _fields(inputs: DataInputs, values: tuple[Any, ...]) -> tuple[dict[str, Any]]:
+    return (recipe_form.fields_of(recipe_form.raw_of(inputs.names, values)),)
+
+
+def _shown(fields: dict[str, Any]) -> tuple[Any, ...]:
+    from lorakin.training.preview import histogram, preview, recipe_for
+
+    for name in TOP:
+        if name not in fields:
+            raise SettingError(f"{name} is missing; name it at the head of the page")
+    found: Preview = preview(recipe_for(fields.pop("model"), fields.pop("data"), **fields))
+    rows = [[label, fact] for label, fact in found.facts()]
+    rows += [["epoch", line] for line in found.epoch.lines()]
+    rows += [["mind", trouble] for trouble in found.troubles()]
+    bins = histogram(found.lengths, found.max_length)
+    examples = [pieces(text) for text in found.examples]
+    examples += [[]] * (EXAMPLES - len(examples))
+    table = pd.DataFrame(bins, columns=["tokens", "rows"])
+    names, most = [name for name, _ in bins], max(count for _, count in bins)
+    lengths = gr.BarPlot(table, x="tokens", y="rows", sort=names, y_lim=[0, most])
+    return rows, lengths, *examples
+
+
+def pieces(text: Text) -> list[tuple[str, str | None]]:
+    """Returns an example's pieces, each with whether it is learned.
+
+    >>> from rich.text import Text
+    >>> pieces(Text("Hi: ").append("⟦you⟧", style="green"))
+    [('Hi: ', None), ('you', 'learned')]
+    """
+    found: list[tuple[str, str | None]] = []
+    end = 0
+    for span in sorted(text.spans):
+        if str(span.style) != "green":
+            continue
+        found += [(text.plain[end : span.start], None)] if span.start > end else []
+        before, _, learned = text.plain[span.start : span.end].partition(BRACKETS[0])
+        learned, _, after = learned.rpartition(BRACKETS[1])
+        found.append((before + learned + after, LEARNED))
+        end = span.end
+    return [*found, (text.plain[end:], None)] if end < len(text.plain) else found

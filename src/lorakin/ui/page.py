@@ -1,0 +1,99 @@
+"""The page: its head, and the parts below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lorakin.ui import (
+    compare_part,
+    data_part,
+    look_part,
+    plan_part,
+    recipe_form,
+    ship_part,
+    train_part,
+    warm,
+)
+from lorakin.ui import runs as run_list
+
+SECONDS = 2.0
+"""Seconds after which the directories of the runs are read again."""
+CSS = """
+.problem { border-left: 4px solid #b91c1c; padding: .5rem .75rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.dark .problem { border-color: #f87171; }
+.framed { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
+"""
+
+
+def theme() -> Any:
+    """Returns Gradio's own theme, with the reader's fonts: nothing is fetched."""
+    return gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+
+
+def build(runs: Path) -> Any:
+    """Returns the page over a folder of runs, as Gradio's Blocks."""
+    with gr.Blocks(title="lorakin", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown("# lorakin")
+        with gr.Row():
+            model = recipe_form.input_of("model", value="smollm2", min_width=300)
+            data = recipe_form.input_of("data", lines=1, max_lines=4, min_width=300)
+        timer = gr.Timer(SECONDS)
+        with gr.Tab("Data"):
+            inputs = data_part.build(model, data, runs)
+        with gr.Tab("Plan") as tab:
+            plan_part.build(inputs, tab)
+        with gr.Tab("Train"):
+            train_part.build(inputs, runs, timer)
+        with gr.Tab("Look"):
+            looked = look_part.build(model, runs)
+        with gr.Tab("Compare"):
+            compare_part.build(inputs, runs, timer)
+        with gr.Tab("Ship"):
+            shipped = ship_part.build(runs, timer)
+        _follow_adapters([looked, shipped], runs, timer)
+    page.queue(default_concurrency_limit=8)
+    return page
+
+
+def _follow_adapters(inputs: list[Any], runs: Path, timer: Any) -> None:
+    """Offers the adapters that there are, as they come."""
+    seen = gr.State([])
+
+    def choices(*values: Any) -> tuple[Any, ...]:
+        warm.wait()
+        before, now = values[-1], run_list.adapters(runs)
+        if now == before:
+            return tuple(gr.skip() for _ in values)
+        chosen = (still_chosen(one, before, now) for one in values[:-1])
+        return (*(gr.Dropdown([*now], value=one) for one in chosen), now)
+
+    told: dict[str, Any] = {"inputs": [*inputs, seen], "outputs": [*inputs, seen]}
+    timer.tick(choices, **told, show_progress="hidden", trigger_mode="once")
+
+
+def still_chosen(
+    chosen: str | None, before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]
+) -> str | None:
+    """Returns the adapter that is chosen when others are offered; what the user typed stays.
+
+    >>> earlier = [("a, checkpoint-2", "a/checkpoints/checkpoint-2")]
+    >>> still_chosen("a/checkpoints/checkpoint-2", earlier, [("b", "b"), ("a", "a")])
+    'a'
+    >>> still_chosen("org/name", [], [("a", "a")])
+    'org/name'
+    """
+    offered = [value for _, value in now]
+    was_offered = chosen in [value for _, value in before]
+    if chosen and (chosen in offered or not was_offered):
+        return chosen
+    # A run's checkpoint gives way to a later one, and at its end to the adapter.
+    run = Path(chosen or "").parent.parent
+    of_the_run = [value for value in offered if run in (Path(value), Path(value).parent.parent)]
+    return next(iter(of_the_run or offered), None)

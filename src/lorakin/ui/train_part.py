@@ -1,0 +1,181 @@
+"""The part Train: the form of a recipe, what it stands for, and the runs that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lorakin.terminal import command
+from lorakin.training.recipe_file import as_yaml, read_recipe
+from lorakin.training.recipe_option import DATA, PANELS
+from lorakin.training.run_files import LOG
+from lorakin.ui import curves, jobs, recipe_form, runs
+from lorakin.ui.answered import answered, place_for_problems
+from lorakin.ui.data_part import DataInputs
+
+OPEN = ("method", "rank", "lr", "steps", "epochs", "batch_size")
+GROUPS = {panel: recipe_form.group((*OPEN, "out"), panel) for panel in PANELS if panel != DATA}
+TITLES = ("run", "state", "method", "step", "loss", "held out", "what is wrong")
+CHANGES = "The command and the recipe that the form stands for:"
+
+
+def build(data: DataInputs, folder: Path, timer: Any) -> None:
+    """Builds the part.
+
+    Args:
+        data: what the part Data says of the data.
+        folder: the folder of the runs.
+        timer: ticks when the directories are to be read again.
+    """
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            name = gr.Textbox(
+                label="out", value="adapter", elem_id="field-out",
+                info=f"The name of a new directory in {folder.resolve().name}.",
+            )  # fmt: skip
+            fields = {field: recipe_form.input_of(field) for field in OPEN}
+            for panel, names in GROUPS.items():
+                with gr.Accordion(panel, open=False):
+                    fields |= {field: recipe_form.input_of(field) for field in names}
+        with gr.Column(scale=3, min_width=300):
+            problem = place_for_problems()
+            gr.Markdown(CHANGES)
+            line = gr.Code(
+                label="The command", language="shell", interactive=False, elem_id="train-command",
+                lines=1, wrap_lines=True,
+            )  # fmt: skip
+            recipe = gr.Code(
+                label="The recipe", language="yaml", interactive=False, lines=8, max_lines=16,
+                elem_id="train-recipe",
+            )  # fmt: skip
+            start = gr.Button("Start", variant="primary", elem_id="start")
+    told_names = (*data.names, *fields)
+    inputs = [name, *data.components, *fields.values()]
+    told: dict[str, Any] = {
+        "fn": answered(lambda *values: _described(folder, told_names, *values), 2),
+        "inputs": inputs, "outputs": [line, recipe, problem], "trigger_mode": "always_last",
+        "show_progress": "hidden",
+    }  # fmt: skip
+    for component in inputs:
+        component.change(**told)
+    chosen = _build_runs(folder, timer)
+    start.click(
+        answered(lambda *values: _started(folder, told_names, *values), 1),
+        inputs,
+        [chosen, problem],
+    )
+
+
+def _build_runs(folder: Path, timer: Any) -> Any:
+    """Builds the list of runs, with curves; returns the component that chooses one."""
+    gr.Markdown("## Runs")
+    table = gr.Dataframe(
+        headers=list(TITLES), label="Runs, the latest first", interactive=False, wrap=True,
+        elem_id="runs",
+    )  # fmt: skip
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            chosen = gr.Dropdown([], label="run", info="The run that is shown.", elem_id="run")
+            beside = gr.CheckboxGroup([], label="beside it", info="Other runs in its curves.")
+            with gr.Row():
+                pause = gr.Button("Pause", elem_id="pause")
+                resume = gr.Button("Resume", elem_id="resume")
+            problem = place_for_problems()
+            log = gr.Textbox(
+                label="What it prints", lines=8, max_lines=16, interactive=False, elem_id="log"
+            )
+        with gr.Column(scale=3, min_width=300):
+            plots = [
+                gr.LinePlot(x="step", y="value", color="run", label=title, height=200)
+                for title in curves.CURVES
+            ]
+    seen = gr.State("")
+    outputs = [table, chosen, beside, log, *plots, seen]
+    look = {"inputs": [chosen, beside, seen], "outputs": outputs, "show_progress": "hidden"}
+
+    def tick(*values: Any) -> tuple[Any, ...]:
+        return shown_runs(folder, len(outputs), *values)
+
+    timer.tick(tick, **look, trigger_mode="once")
+    for component in (chosen, beside):
+        component.input(tick, **look)
+    pause.click(answered(lambda run: _paused(folder, run), 0), [chosen], [problem])
+    resume.click(answered(lambda run: _resumed(folder, run), 0), [chosen], [problem])
+    return chosen
+
+
+def shown_runs(
+    folder: Path, count: int, chosen: str | None, beside: Sequence[str], seen: str
+) -> tuple[Any, ...]:
+    """Returns what the list of runs shows now; `count` values that change nothing if it is same."""
+    found = [run for run in runs.listed(folder) if run.kind == runs.TRAINING]
+    names = [run.name for run in found]
+    chosen = chosen if chosen in names else (names[0] if names else None)
+    beside = [name for name in beside if name in names and name != chosen]
+    log = runs.log_of(folder / chosen / LOG) if chosen else ""
+    now = repr((found, chosen, beside, log))
+    if now == seen:
+        return tuple(gr.skip() for _ in range(count))
+    drawn = [folder / name for name in ([chosen] if chosen else []) + beside]
+    plots = [
+        gr.LinePlot(table, x="step", y="value", color="run") for table in curves.tables_of(drawn)
+    ]
+    return (
+        [_cells(run) for run in found],
+        gr.Dropdown(names, value=chosen),
+        gr.CheckboxGroup([name for name in names if name != chosen], value=beside),
+        log,
+        *plots,
+        now,
+    )
+
+
+def _cells(run: runs.ListedRun) -> list[str]:
+    figures = ["" if value is None else f"{value:.4f}" for value in (run.loss, run.held_out)]
+    return [run.name, run.state, run.method, str(run.step), *figures, run.reason]
+
+
+def _words(folder: Path, name: str, raw: dict[str, Any]) -> list[str]:
+    out = runs.place(folder, name)
+    return ["train", *recipe_form.words_of(raw), "--out", str(out)]
+
+
+def _recipe(folder: Path, names: Sequence[str], name: str, *values: Any) -> tuple[list[str], Any]:
+    """Returns the words of the command, and the recipe that they stand for."""
+    raw = recipe_form.raw_of(names, values)
+    words = _words(folder, name, raw)
+    return words, read_recipe(None, recipe_form.fields_of(raw) | {"out": words[-1]})
+
+
+def _described(folder: Path, names: Sequence[str], name: str, *values: Any) -> tuple[str, str]:
+    words, recipe = _recipe(folder, names, name, *values)
+    return command("lorakin", *words), as_yaml(recipe)
+
+
+def _started(folder: Path, names: Sequence[str], name: str, *values: Any) -> tuple[Any]:
+    from lorakin.training.run_directory import lock_run_directory
+
+    words, recipe = _recipe(folder, names, name, *values)
+    out = Path(recipe.out)
+    # What the command would refuse is refused here, before a process is started.
+    lock_run_directory(recipe, out, resume=False).release()
+    jobs.start(words, out / LOG)
+    return (gr.Dropdown([out.name], value=out.name),)
+
+
+def _paused(folder: Path, run: str | None) -> tuple[Any, ...]:
+    jobs.interrupt(runs.place(folder, run or ""))
+    return ()
+
+
+def _resumed(folder: Path, run: str | None) -> tuple[Any, ...]:
+    from lorakin.training.run_directory import lock_run_directory, resumed_recipe
+
+    out = runs.place(folder, run or "")
+    recipe = resumed_recipe(None, {"out": str(out)})
+    lock_run_directory(recipe, out, resume=True).release()
+    jobs.start(["train", "--resume", "--out", str(out)], out / LOG)
+    return ()

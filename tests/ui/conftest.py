@@ -1,0 +1,160 @@
+"""`lorakin ui` as a user starts it, and a page of it in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from conftest import interruptible
+from report.browser import Browser, browser
+
+__all__ = ["browser"]
+
+MARGIN = 90.0
+"""Seconds to wait for what a busy machine may take long for."""
+
+
+class Served:
+    """A `lorakin ui` in a process of its own, over a folder."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.words = folder, words
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "lorakin", "ui", "--no-browser", "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, *self.words],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            preexec_fn=interruptible,
+        )
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        assert self.address in said, said + self.process.stdout.read()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+class Page:
+    """A page in a browser: its parts, fields and buttons by the names that the reader sees."""
+
+    def __init__(self, browser: Browser, address: str, *, width: int = 1280) -> None:
+        self.browser = browser
+        browser.errors(), browser.requests()
+        browser.resize(width)
+        browser.driver.get("about:blank")
+        browser.driver.get(address)
+        self.wait(lambda: self.there("#field-model textarea, #field-model input"))
+
+    def there(self, selector: str) -> bool:
+        return bool(self.browser.run("return !!document.querySelector(arguments[0])", selector))
+
+    def wait(self, condition: Callable[[], Any], what: str = "") -> None:
+        end = time.monotonic() + MARGIN
+        while not condition():
+            assert time.monotonic() < end, what or self.text("body")
+            time.sleep(0.1)
+
+    def text(self, selector: str) -> str:
+        found = "return document.querySelector(arguments[0])?.innerText || ''"
+        return str(self.browser.run(found, selector))
+
+    def value(self, selector: str) -> str:
+        found = "return document.querySelector(arguments[0])?.value || ''"
+        return str(self.browser.run(found, selector))
+
+    def part(self, name: str) -> None:
+        """Chooses a tab."""
+        (tab,) = [
+            tab
+            for tab in self.browser.driver.find_elements("css selector", "button[role=tab]")
+            if tab.text.strip() == name
+        ]
+        tab.click()
+
+    def upload(self, path: Path) -> None:
+        self.wait(lambda: self.there("#upload input[type=file]"))
+        self.browser.find("#upload input[type=file]").send_keys(str(path))
+
+    def type(self, place: str, text: str) -> None:
+        """Types into the field of this id, in place of what stood there."""
+        selector = f"#{place} textarea, #{place} input"
+        self.wait(lambda: self.there(selector), place)
+        (field, *_) = self.browser.driver.find_elements("css selector", selector)
+        field.click()
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.BACKSPACE)
+        field.send_keys(text)
+        field.send_keys(Keys.TAB)
+
+    def press(self, place: str) -> None:
+        self.wait(lambda: self.there(f"#{place}"), place)
+        button = self.browser.find(f"#{place}")
+        self.browser.run("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
+
+    def expect(self, selector: str, *words: str) -> None:
+        """Waits until all the words stand there."""
+        self.wait(
+            lambda: all(word in self.text(selector) for word in words),
+            f"{words} in {selector}",
+        )
+
+    def problem(self) -> str:
+        """Waits for a sentence on what went wrong, and returns it."""
+        visible = """return [...document.querySelectorAll('[role=alert].problem')]
+            .filter(one => one.offsetParent).map(one => one.innerText).join(' ')"""
+        self.wait(lambda: self.browser.run(visible), "a problem")
+        return str(self.browser.run(visible))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    found = Served(folder)
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Sums, for a language model to learn."""
+    path = tmp_path / "rows.jsonl"
+    sums = [
+        {"prompt": f"What is {a} plus {b}?", "completion": f"It is {a + b}."}
+        for a in range(8)
+        for b in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in sums))
+    return path

@@ -1,0 +1,193 @@
+"""The page in a real browser, over real runs of the packaged model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lorakin.ui import runs
+from report.browser import Browser
+from ui.conftest import Page, Served
+
+pytestmark = pytest.mark.model
+WEIGHTS = "adapter_model.safetensors"
+
+
+def fill_in(page: Page, rows: Path, *, steps: int, out: str) -> None:
+    """Uploads rows, looks at them, and fills in the form of a short run."""
+    page.upload(rows)
+    page.expect("#facts", "40 rows, ", "prompt/completion")
+    page.type("field-max_length", "64")
+    page.part("Train")
+    page.type("field-out", out)
+    page.type("field-steps", str(steps))
+    page.type("field-batch_size", "2")
+    page.expect("#train-command", f"--steps {steps}", "--batch-size 2", f"--out {out}")
+
+
+def state_of(folder: Path, name: str) -> str:
+    return next((run.state for run in runs.listed(folder) if run.name == name), "")
+
+
+def test_from_an_empty_directory_to_a_merged_model(
+    served: Served, browser: Browser, rows: Path
+) -> None:
+    page = Page(browser, served.address)
+    page.upload(rows)
+    page.expect("#facts", "40 rows, ", "prompt/completion")
+    page.expect("#example-0", "What is", "It is")
+    page.type("field-max_length", "64")
+
+    page.part("Plan")
+    page.type("plan-methods", "lora")
+    page.type("plan-max_length", "64")
+    page.type("plan-batch_size", "2")
+    page.expect("#plan-table", "lora", "✔")
+
+    page.part("Train")
+    page.type("field-steps", "10")
+    page.type("field-batch_size", "2")
+    page.expect("#train-command", "--max-length 64", "--steps 10", "--batch-size 2")
+    page.expect("#train-recipe", "model: smollm2", "steps: 10")
+    command = page.text("#train-command")
+    page.press("start")
+    page.wait(lambda: state_of(served.folder, "adapter") == runs.DONE)
+    page.expect("#runs", "adapter", "done", "10")
+
+    words = command[command.index("lorakin") :].replace("--out adapter", "--out typed").split()
+    subprocess.run(
+        [sys.executable, "-m", *words], cwd=served.folder, check=True, capture_output=True
+    )
+    clicked, typed = (load_file(served.folder / name / WEIGHTS) for name in ("adapter", "typed"))
+    assert clicked.keys() == typed.keys() and all(clicked[key].equal(typed[key]) for key in clicked)
+
+    page.part("Look")
+    page.wait(lambda: "adapter" in page.value("#look-adapter input"))
+    page.type("look-tokens", "8")
+    page.type("prompt", "What is 1 plus 1?")
+    page.press("ask")
+    page.wait(lambda: page.value("#said-base textarea") and page.value("#said-adapter textarea"))
+    page.press("inspect")
+    page.wait(lambda: page.there("#inspected iframe"))
+
+    page.part("Ship")
+    page.wait(lambda: "adapter" in page.value("#ship-adapter input"))
+    page.expect("#serve-command", "lorakin serve")
+    page.press("export")
+    page.expect("#exports", "merged", "done", "mean KL")
+    assert (served.folder / "merged" / "model.safetensors").is_file()
+
+    here = f"127.0.0.1:{served.port}"
+    strange = [url for url in browser.requests() if url.startswith("http") and here not in url]
+    assert strange == []
+
+
+def test_a_run_outlives_the_server_and_two_pages_show_the_same(
+    served: Served, browser: Browser, rows: Path
+) -> None:
+    page = Page(browser, served.address)
+    fill_in(page, rows, steps=400, out="long")
+    page.press("start")
+    folder = served.folder / "long"
+    page.wait(lambda: state_of(served.folder, "long") == runs.RUNNING and runs.read(folder).step)
+    page.press("start")  # a busy directory
+    assert "long" in page.problem()
+    served.kill()
+    before = runs.read(folder).step
+    page.wait(lambda: runs.read(folder).step > before)
+
+    served.start()
+    page = Page(browser, served.address)
+    page.part("Train")
+    page.expect("#runs", "long", "running")
+    browser.driver.switch_to.new_window("tab")
+    other = Page(browser, served.address)
+    other.part("Train")
+    other.expect("#runs", "long", "running")
+
+    other.wait(lambda: (folder / "checkpoints").is_dir() and runs.adapters(served.folder))
+    other.press("pause")
+    other.expect("#runs", "interrupted")
+    first, second = browser.driver.window_handles
+    shown = other.text("#runs")
+    browser.driver.switch_to.window(first)
+    page.wait(lambda: page.text("#runs") == shown)
+    at = runs.read(folder).step
+
+    page.press("resume")
+    page.wait(lambda: runs.read(folder).step > at)
+    page.expect("#runs", "running")
+    page.press("pause")
+    page.expect("#runs", "interrupted")
+    browser.driver.switch_to.window(second)
+    browser.driver.close()
+    browser.driver.switch_to.window(first)
+
+
+def test_what_is_wrong_is_a_sentence(served: Served, browser: Browser, tmp_path: Path) -> None:
+    page = Page(browser, served.address)
+    wrong = tmp_path / "rows.jsonl"
+    wrong.write_text('{"prompt": "a"}\n{"prompt"\n')
+    page.upload(wrong)
+    assert "rows.jsonl, line 2" in page.problem()
+
+    page.part("Train")
+    page.type("field-out", "../elsewhere")
+    assert "'../elsewhere' is not the name of a directory" in page.problem()
+    page.type("field-out", "adapter")
+    page.type("field-rank", "many")
+    assert "--rank is 'many'" in page.problem()
+    assert "Traceback" not in page.text("body")
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A folder on a disk of 64 KiB, with little room left."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mounted, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_sentence(full: Path, browser: Browser, rows: Path) -> None:
+    served = Served(full.parent, "--runs", "full")
+    try:
+        (full / "filling").write_bytes(b"x" * 56 * 1024)
+        page = Page(browser, served.address)
+        page.upload(rows)
+        assert "the disk is full" in page.problem()
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_each_part_fits_a_phone_and_names_its_fields(
+    served: Served, browser: Browser, dark: bool
+) -> None:
+    page = Page(browser.dark(dark), served.address, width=360)
+    wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    nameless = """return [...document.querySelectorAll('input:not([type=hidden]), textarea, select')]
+        .filter(one => one.offsetParent && !one.labels?.length && !one.getAttribute('aria-label')
+            && !one.getAttribute('aria-labelledby'))
+        .map(one => one.outerHTML.slice(0, 200))"""
+    for name in ("Data", "Plan", "Train", "Look", "Compare", "Ship"):
+        open_part(page, name)
+        time.sleep(0.5)
+        assert browser.run(wide) <= 0, name
+        assert browser.run(nameless) == [], name
+    browser.dark(False)
+
+
+def open_part(page: Page, name: str) -> None:
+    """Chooses a tab, from the menu where the screen is too narrow for it."""
+    tabs = page.browser.driver.find_elements("css selector", "button[role=tab]")
+    (tab,) = [tab for tab in tabs if tab.get_attribute("textContent").strip() == name][:1]
+    page.browser.run("arguments[0].click()", tab)

@@ -52,6 +52,8 @@ DEEPSPEED = {
     "deepspeed": "0.19.8", "einops": "0.8.2", "hjson": "3.1.0", "msgpack": "1.2.4", "ninja": "1.13.2", "py-cpuinfo": "9.0.0",
 }  # fmt: skip
 """Named here, since it is built from source, and says only then what it needs."""
+ELSEWHERE = {"audioop-lts": ("0.2.2", 'python_version >= "3.13"')}
+"""Needed, by gradio, on a later Python than may be installed here: version and marker."""
 HEAD = """\
 # The versions and files that make demo, test and docs install. Written by `make lock` (tools/lock.py); do not edit.
 """
@@ -70,6 +72,9 @@ def needed(names: Iterable[str]) -> dict[str, str]:
         ):  # the latter of a torch for CUDA, if that is what is installed here
             continue
         done.add((name, extras))
+        if name in ELSEWHERE:
+            found[name] = ELSEWHERE[name][0]
+            continue
         try:
             dist = metadata.distribution(name)
         except metadata.PackageNotFoundError:
@@ -187,9 +192,15 @@ def served(requirement: str) -> tuple[str, str]:
 def section(title: str, versions: dict[str, str]) -> str:
     """Lines of the lock between "# title" and "# end"."""
     entries = {
-        f"{name}=={version}": hashes(name, version) for name, version in sorted(versions.items())
+        pin(name, version): hashes(name, version) for name, version in sorted(versions.items())
     }
     return lines(title, entries)
+
+
+def pin(name: str, version: str) -> str:
+    """A requirement of exactly this version, where it is needed."""
+    only = f" ; {ELSEWHERE[name][1]}" if name in ELSEWHERE else ""
+    return f"{name}=={version}{only}"
 
 
 def lines(title: str, entries: dict[str, list[str]]) -> str:

@@ -160,7 +160,7 @@ def full(tmp_path: Path) -> Path:
 def test_a_full_disk_is_a_sentence(full: Path, browser: Browser, rows: Path) -> None:
     served = Served(full.parent, "--runs", "full")
     try:
-        (full / "filling").write_bytes(b"x" * 56 * 1024)
+        (full / "filling").write_bytes(b"x" * 64 * 1024)
         page = Page(browser, served.address)
         page.upload(rows)
         assert "the disk is full" in page.problem()

@@ -15,7 +15,7 @@ from lorakin.errors import OutputError, SettingError, StateError
 from lorakin.terminal import Terminal, command
 from lorakin.training.run_files import LOG
 from lorakin.ui import jobs, recipe_form, runs
-from lorakin.ui.answered import answered, place_for_problems, when_new
+from lorakin.ui.answered import answered, note, place_for_problems, when_new
 from lorakin.ui.data_part import FIELDS, DataInputs
 from lorakin.ui.look_part import framed
 from lorakin.ui.warm import wait
@@ -36,8 +36,8 @@ TITLES = ("trial", "state", "tuning loss", "held-out loss", "seconds")
 REPORT = "report.html"
 
 
-def build(data: DataInputs, folder: Path, timer: Any) -> None:
-    """Builds the part."""
+def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
+    """Builds the part in a tab."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             out = gr.Textbox(
@@ -75,8 +75,8 @@ def build(data: DataInputs, folder: Path, timer: Any) -> None:
     def words(*values: Any) -> list[str]:
         return _words(folder, names, *values)
 
-    for component in inputs:
-        component.change(
+    for when in (tab.select, *(component.change for component in inputs)):
+        when(
             answered(lambda *values: (command("lorakin", *words(*values)),), 1), inputs,
             [line, problem], show_progress="hidden", trigger_mode="always_last",
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _build_trials(folder: Path, timer: Any) -> Any:
         pause = gr.Button("Pause", elem_id="compare-pause")
         show = gr.Button("Show the report", elem_id="report")
     problem = place_for_problems()
-    state = gr.Markdown("", elem_id="compare-state")
+    state = gr.HTML("", elem_id="compare-state", padding=False)
     table = gr.Dataframe(
         headers=list(TITLES), label="Trials", interactive=False, wrap=True, elem_id="trials"
     )
@@ -123,7 +123,7 @@ def _trials_when_new(folder: Path, count: int) -> Any:
             return names, "", [], ""
         run = found[name]
         state = f"{run.name}: {run.state}" + (f". {run.reason}" if run.reason else "")
-        return names, state, trials(run.path), runs.log_of(run.path / LOG)
+        return names, note(state), trials(run.path), runs.log_of(run.path / LOG)
 
     return when_new(read, count)
 

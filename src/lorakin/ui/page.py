@@ -49,14 +49,14 @@ def build(runs: Path) -> Any:
             inputs = data_part.build(model, data, runs)
         with gr.Tab("Plan") as tab:
             plan_part.build(inputs, tab)
-        with gr.Tab("Train"):
-            train_part.build(inputs, runs, timer)
+        with gr.Tab("Train") as tab:
+            train_part.build(inputs, runs, timer, tab)
         with gr.Tab("Look"):
             looked = look_part.build(model, runs)
-        with gr.Tab("Compare"):
-            compare_part.build(inputs, runs, timer)
-        with gr.Tab("Ship"):
-            shipped = ship_part.build(runs, timer)
+        with gr.Tab("Compare") as tab:
+            compare_part.build(inputs, runs, timer, tab)
+        with gr.Tab("Ship") as tab:
+            shipped = ship_part.build(runs, timer, tab)
         _follow_adapters([looked, shipped], runs, timer)
     page.queue(default_concurrency_limit=8)
     return page

@@ -10,7 +10,7 @@ from lorakin.errors import SettingError
 from lorakin.terminal import command
 from lorakin.training.recipe_words import defaults
 from lorakin.ui import recipe_form
-from lorakin.ui.answered import answered, place_for_problems
+from lorakin.ui.answered import answered, note, place_for_problems
 from lorakin.ui.data_part import DataInputs
 
 OPEN = ("rank", "batch_size", "max_length")
@@ -43,7 +43,7 @@ def build(data: DataInputs, tab: Any) -> None:
             refresh = gr.Button("Plan", variant="primary", elem_id="plan")
         with gr.Column(scale=3, min_width=300):
             problem = place_for_problems()
-            said = gr.Markdown("")
+            said = gr.HTML("", padding=False)
             table = gr.Dataframe(label="The plan", interactive=False, elem_id="plan-table")
             then = gr.Textbox(
                 label="What follows", lines=6, interactive=False, elem_id="plan-lines"
@@ -83,4 +83,4 @@ def _planned(
     words += [*recipe_form.words_of(raw), *(["--memory", memory] if memory else [])]
     head = f"{advice.headline}. Memory: {advice.memory_line}."
     table = gr.Dataframe([*cells_of(advice)], headers=list(TITLES))
-    return head, table, "\n".join(advice.lines()), command("lorakin", "plan", *words)
+    return note(head), table, "\n".join(advice.lines()), command("lorakin", "plan", *words)

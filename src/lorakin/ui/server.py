@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import os
 import socket
+import tempfile
 import threading
 import time
 import webbrowser
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakin.errors import OutputError, SettingError
-from lorakin.ui import uploads, warm
+from lorakin.ui import warm
 
 PORT, TRIED = 7860, 100
 """Gradio's usual port, and how many are tried from it on."""
@@ -70,11 +71,16 @@ def listening(host: str, port: int | None) -> socket.socket:
     raise OutputError(f"cannot listen on {where} of --host {host}: {reason}")
 
 
-def app_of(runs: Path, host: str, password: str | None) -> Any:
-    """Returns the web application: the page behind the check of origins and the password."""
+def app_of(runs: Path, host: str, password: str | None, scratch: str) -> Any:
+    """Returns the web application: the page behind the check of origins and the password.
+
+    Args:
+        runs, host, password: as for `serve`.
+        scratch: a directory of this process, where Gradio puts what is uploaded.
+    """
     # Gradio reads these when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = str(runs / uploads.FOLDER / ".gradio")
+    os.environ["GRADIO_TEMP_DIR"] = scratch
     import fastapi
     import gradio as gr
 
@@ -119,8 +125,8 @@ def serve(
     check_host(host, password)
     if not runs.is_dir():
         raise OutputError(f"--runs {runs} is not a directory; make it, or name another")
-    with listening(host, port) as listener:
-        app = app_of(runs, host, password)
+    with listening(host, port) as listener, tempfile.TemporaryDirectory() as scratch:
+        app = app_of(runs, host, password, scratch)
         config = uvicorn.Config(
             app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2
         )

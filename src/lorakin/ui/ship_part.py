@@ -34,8 +34,8 @@ LOGS = ".log"
 """The ending of the file beside an export's directory that says how it was made."""
 
 
-def build(runs_folder: Path, timer: Any) -> Any:
-    """Builds the part; returns the component that chooses an adapter."""
+def build(runs_folder: Path, timer: Any, tab: Any) -> Any:
+    """Builds the part in a tab; returns the component that chooses an adapter."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             adapter = adapter_input("ship-adapter")
@@ -79,8 +79,8 @@ def build(runs_folder: Path, timer: Any) -> Any:
     def words(*values: Any) -> tuple[str, str]:
         return _described(runs_folder, *values)
 
-    for component in inputs:
-        component.change(answered(words, 2), inputs, [line, serve, problem], show_progress="hidden")
+    for told in (tab.select, *(component.change for component in inputs)):
+        told(answered(words, 2), inputs, [line, serve, problem], show_progress="hidden")
     start.click(answered(lambda *values: _started(runs_folder, *values), 0), inputs, [problem])
     push.click(
         answered(lambda *values: _pushed(runs_folder, *values), 0), [adapter, name], [problem]

@@ -22,13 +22,14 @@ TITLES = ("run", "state", "method", "step", "loss", "held out", "what is wrong")
 CHANGES = "The command and the recipe that the form stands for:"
 
 
-def build(data: DataInputs, folder: Path, timer: Any) -> None:
+def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
     """Builds the part.
 
     Args:
         data: what the part Data says of the data.
         folder: the folder of the runs.
         timer: ticks when the directories are to be read again.
+        tab: the tab in which it is built.
     """
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -59,8 +60,8 @@ def build(data: DataInputs, folder: Path, timer: Any) -> None:
         "inputs": inputs, "outputs": [line, recipe, problem], "trigger_mode": "always_last",
         "show_progress": "hidden",
     }  # fmt: skip
-    for component in inputs:
-        component.change(**told)
+    for when in (tab.select, *(component.change for component in inputs)):
+        when(**told)
     chosen = _build_runs(folder, timer)
     start.click(
         answered(lambda *values: _started(folder, told_names, *values), 1),

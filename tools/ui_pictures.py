@@ -29,13 +29,10 @@ SIZES = {"": (1280, 900), "-phone": (360, 740)}
 COLOURS = 48
 """Of a picture: enough for a page, and a small file."""
 CAPITALS = {
-    "France": "Paris",
-    "Italy": "Rome",
-    "Japan": "Tokyo",
-    "Peru": "Lima",
-    "Kenya": "Nairobi",
-    "Norway": "Oslo",
-}
+    "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo",
+    "Spain": "Madrid", "Greece": "Athens", "Egypt": "Cairo", "Cuba": "Havana", "Chile": "Santiago", "Iraq": "Baghdad",
+    "Ireland": "Dublin", "Poland": "Warsaw", "Austria": "Vienna", "Ghana": "Accra", "Nepal": "Kathmandu", "Iran": "Tehran",
+}  # fmt: skip
 ASKED = ("What is the capital of {}?", "Name the capital of {}.", "Which city governs {}?")
 
 
@@ -88,7 +85,7 @@ def take(page: Page, folder: Path, data: Path) -> None:
     """Does what the page shows, part by part."""
     browser = page.browser
     page.upload(data)
-    page.expect("#facts", "18 rows")
+    page.expect("#facts", "54 rows")
     page.type("field-max_length", "64")
     picture(browser, "data")
 

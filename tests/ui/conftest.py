@@ -92,13 +92,22 @@ class Page:
         return str(self.browser.run(found, selector))
 
     def part(self, name: str) -> None:
-        """Chooses a tab."""
-        (tab,) = [
-            tab
-            for tab in self.browser.driver.find_elements("css selector", "button[role=tab]")
-            if tab.text.strip() == name
-        ]
-        tab.click()
+        """Chooses a tab; on a narrow screen the last ones are in a menu."""
+        named = """return [...document.querySelectorAll(arguments[0])]
+            .find(one => one.offsetParent && one.textContent.trim() === arguments[1])"""
+
+        def is_chosen() -> bool:
+            for selector in ("button[role=tab]", ".overflow-dropdown button"):
+                if (found := self.browser.run(named, selector, name)) is not None:
+                    found.click()
+                    return True
+            for menu in self.browser.driver.find_elements(
+                "css selector", "[aria-label='More tabs']"
+            ):
+                menu.click() if menu.is_displayed() else None
+            return False
+
+        self.wait(is_chosen, name)
 
     def upload(self, path: Path) -> None:
         self.wait(lambda: self.there("#upload input[type=file]"))
@@ -128,12 +137,11 @@ class Page:
             f"{words} in {selector}",
         )
 
-    def problem(self) -> str:
-        """Waits for a sentence on what went wrong, and returns it."""
+    def problem(self, words: str) -> None:
+        """Waits for a sentence on what went wrong, which has these words."""
         visible = """return [...document.querySelectorAll('[role=alert].problem')]
             .filter(one => one.offsetParent).map(one => one.innerText).join(' ')"""
-        self.wait(lambda: self.browser.run(visible), "a problem")
-        return str(self.browser.run(visible))
+        self.wait(lambda: words in self.browser.run(visible), words)
 
 
 @pytest.fixture

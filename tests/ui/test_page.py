@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_run_outlives_the_server_and_two_pages_show_the_same(
     folder = served.folder / "long"
     page.wait(lambda: state_of(served.folder, "long") == runs.RUNNING and runs.read(folder).step)
     page.press("start")  # a busy directory
-    assert "long" in page.problem()
+    page.problem("long")
     served.kill()
     before = runs.read(folder).step
     page.wait(lambda: runs.read(folder).step > before)
@@ -129,24 +130,47 @@ def test_a_run_outlives_the_server_and_two_pages_show_the_same(
     browser.driver.switch_to.window(first)
 
 
+def test_a_comparison(served: Served, browser: Browser, rows: Path) -> None:
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines + [line.replace("plus", "and") for line in lines]))
+    page = Page(browser, served.address)
+    page.upload(rows)
+    page.expect("#facts", "80 rows, ")
+    page.type("field-max_length", "64")
+    page.part("Compare")
+    small = {"methods": "lora", "budget": "steps=4", "seeds": "1", "lr-sweep": "1e-3"}
+    for name, value in small.items():
+        page.type(f"compare-{name}", value)
+    page.press("cost")
+    page.wait(lambda: "about 3 trials, 4 steps each" in page.value("#costs textarea"))
+    assert not (served.folder / "comparison").exists()
+    page.expect("#compare-command", "--max-length 64", "--lr-sweep 1e-3")
+    page.press("compare")
+    page.expect("#trials", "lora-lr0.001-seed0", "done")
+    page.wait(lambda: state_of(served.folder, "comparison") == runs.DONE)
+    page.press("report")
+    page.wait(lambda: page.there("#compare-report iframe"))
+    assert "report.html" in page.value("#compare-log textarea")
+
+
 def test_what_is_wrong_is_a_sentence(served: Served, browser: Browser, tmp_path: Path) -> None:
     page = Page(browser, served.address)
     wrong = tmp_path / "rows.jsonl"
     wrong.write_text('{"prompt": "a"}\n{"prompt"\n')
     page.upload(wrong)
-    assert "rows.jsonl, line 2" in page.problem()
+    page.problem("uploads/rows.jsonl': line 2 cannot be read as JSON")
 
     page.part("Train")
     page.type("field-out", "../elsewhere")
-    assert "'../elsewhere' is not the name of a directory" in page.problem()
+    page.problem("'../elsewhere' is not the name of a directory")
     page.type("field-out", "adapter")
     page.type("field-rank", "many")
-    assert "--rank is 'many'" in page.problem()
+    page.problem("--rank is 'many'")
     assert "Traceback" not in page.text("body")
 
 
 @pytest.fixture
-def full(tmp_path: Path) -> Path:
+def full(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of 64 KiB, with little room left."""
     folder = tmp_path / "full"
     folder.mkdir()
@@ -163,7 +187,7 @@ def test_a_full_disk_is_a_sentence(full: Path, browser: Browser, rows: Path) -> 
         (full / "filling").write_bytes(b"x" * 64 * 1024)
         page = Page(browser, served.address)
         page.upload(rows)
-        assert "the disk is full" in page.problem()
+        page.problem("the disk is full")
     finally:
         served.stop()
 
@@ -179,15 +203,8 @@ def test_each_part_fits_a_phone_and_names_its_fields(
             && !one.getAttribute('aria-labelledby'))
         .map(one => one.outerHTML.slice(0, 200))"""
     for name in ("Data", "Plan", "Train", "Look", "Compare", "Ship"):
-        open_part(page, name)
+        page.part(name)
         time.sleep(0.5)
         assert browser.run(wide) <= 0, name
         assert browser.run(nameless) == [], name
     browser.dark(False)
-
-
-def open_part(page: Page, name: str) -> None:
-    """Chooses a tab, from the menu where the screen is too narrow for it."""
-    tabs = page.browser.driver.find_elements("css selector", "button[role=tab]")
-    (tab,) = [tab for tab in tabs if tab.get_attribute("textContent").strip() == name][:1]
-    page.browser.run("arguments[0].click()", tab)

@@ -80,3 +80,10 @@ def when_new(read: Callable[..., tuple[Any, ...]], count: int) -> Callable[..., 
 def place_for_problems() -> Any:
     """Returns the component that shows them."""
     return gr.HTML("", padding=False)
+
+
+def command_box(place: str, label: str = "The command") -> Any:
+    """Returns the component that shows a command to copy; its id on the page is `place`."""
+    return gr.Code(
+        label=label, language="shell", interactive=False, lines=1, wrap_lines=True, elem_id=place
+    )

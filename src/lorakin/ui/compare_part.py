@@ -15,10 +15,10 @@ from lorakin.errors import OutputError, SettingError, StateError
 from lorakin.terminal import Terminal, command
 from lorakin.training.run_files import LOG
 from lorakin.ui import jobs, recipe_form, runs
-from lorakin.ui.answered import answered, note, place_for_problems, when_new
+from lorakin.ui.answered import answered, command_box, note, place_for_problems, when_new
 from lorakin.ui.data_part import FIELDS, DataInputs
 from lorakin.ui.look_part import framed
-from lorakin.ui.warm import wait
+from lorakin.ui.warm import is_done
 
 MORE = tuple(name for name in OF_A_RECIPE if name not in FIELDS)
 """Fields that all trials share and that the part Data does not have."""
@@ -60,7 +60,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
                 }
         with gr.Column(scale=3, min_width=300):
             problem = place_for_problems()
-            line = gr.Code(label="The command", language="shell", interactive=False, lines=1)
+            line = command_box("compare-command")
             cost = gr.Button("What it costs", elem_id="cost")
             costs = gr.Textbox(label="The cost", lines=4, interactive=False, elem_id="costs")
             start = gr.Button("Start or resume", variant="primary", elem_id="compare")
@@ -130,10 +130,11 @@ def _trials_when_new(folder: Path, count: int) -> Any:
 
 def trials(path: Path) -> list[list[str]]:
     """Returns the trials of a comparison that have ended: the cells under `TITLES`."""
-    wait()
+    rows: list[list[str]] = []
+    if not is_done():
+        return rows
     from lorakin.compare.results import ResultRow
 
-    rows: list[list[str]] = []
     try:
         lines = (path / runs.RESULTS).read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
@@ -192,10 +193,8 @@ def _cost(names: Sequence[str], *values: Any) -> str:
         f"{parts.train:,} rows to train on, {parts.tune} to choose learning rates by, "
         f"{parts.report} to report on"
     )
-    lines += [
-        f"{arm.title}: left out, {arm.refused}" if arm.refused else arm.title
-        for arm in prepared.arms
-    ]
+    arms = [arm.title + f" (left out: {arm.refused})" * bool(arm.refused) for arm in prepared.arms]
+    lines.append(f"arms: {', '.join(arms)}")
     return "\n".join(lines)
 
 

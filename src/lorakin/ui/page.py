@@ -67,8 +67,7 @@ def _follow_adapters(inputs: list[Any], runs: Path, timer: Any) -> None:
     seen = gr.State([])
 
     def choices(*values: Any) -> tuple[Any, ...]:
-        warm.wait()
-        before, now = values[-1], run_list.adapters(runs)
+        before, now = values[-1], run_list.adapters(runs) if warm.is_done() else values[-1]
         if now == before:
             return tuple(gr.skip() for _ in values)
         chosen = (still_chosen(one, before, now) for one in values[:-1])

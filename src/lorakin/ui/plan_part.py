@@ -10,7 +10,7 @@ from lorakin.errors import SettingError
 from lorakin.terminal import command
 from lorakin.training.recipe_words import defaults
 from lorakin.ui import recipe_form
-from lorakin.ui.answered import answered, note, place_for_problems
+from lorakin.ui.answered import answered, command_box, note, place_for_problems
 from lorakin.ui.data_part import DataInputs
 
 OPEN = ("rank", "batch_size", "max_length")
@@ -48,7 +48,7 @@ def build(data: DataInputs, tab: Any) -> None:
             then = gr.Textbox(
                 label="What follows", lines=6, interactive=False, elem_id="plan-lines"
             )
-            line = gr.Code(label="The command", language="shell", interactive=False, lines=1)
+            line = command_box("plan-command")
     outputs = [said, table, then, line]
     names = tuple(fields)
     inputs = [data.model, methods, memory, *fields.values()]

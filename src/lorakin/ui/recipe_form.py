@@ -62,7 +62,7 @@ def raw_of(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
     """Returns a form's values as the command line gets them; see `given_fields`.
 
     >>> raw_of(["rank", "settings", "fuse"], [" 8 ", "ratio=8 init=True", False])
-    {'rank': '8', 'settings': ['ratio=8', 'init=True'], 'fuse': None}
+    {'rank': '8', 'settings': ['ratio=8', 'init=True'], 'fuse': None, 'no_fuse': False}
 
     Raises:
         SettingError: a quote that is not closed.

@@ -11,7 +11,7 @@ import gradio as gr
 from lorakin.errors import OutputError, SettingError
 from lorakin.terminal import command
 from lorakin.ui import jobs, runs
-from lorakin.ui.answered import answered, place_for_problems, when_new
+from lorakin.ui.answered import answered, command_box, place_for_problems, when_new
 from lorakin.ui.look_part import adapter_input
 
 MERGE, PUSH = "merged", "push"
@@ -62,14 +62,11 @@ def build(runs_folder: Path, timer: Any, tab: Any) -> Any:
             push = gr.Button("Push to the hub", elem_id="push")
         with gr.Column(scale=3, min_width=300):
             problem = place_for_problems()
-            line = gr.Code(label="The command", language="shell", interactive=False, lines=1)
-            serve = gr.Code(
-                label="The command to serve it", language="shell", interactive=False, lines=1,
-                elem_id="serve-command",
-            )  # fmt: skip
+            line = command_box("ship-command")
+            serve = command_box("serve-command", "The command to serve it")
             table = gr.Dataframe(
                 headers=list(TITLES), label="Exports", interactive=False, wrap=True,
-                elem_id="exports",
+                elem_id="exports", column_widths=["20%", "15%", "15%", "50%"],
             )  # fmt: skip
             log = gr.Textbox(
                 label="What the last one prints", lines=6, interactive=False, elem_id="ship-log"

@@ -13,7 +13,7 @@ from lorakin.training.recipe_file import as_yaml, read_recipe
 from lorakin.training.recipe_option import DATA, PANELS
 from lorakin.training.run_files import LOG
 from lorakin.ui import curves, jobs, recipe_form, runs
-from lorakin.ui.answered import answered, place_for_problems
+from lorakin.ui.answered import answered, command_box, place_for_problems
 from lorakin.ui.data_part import DataInputs
 
 OPEN = ("method", "rank", "lr", "steps", "epochs", "batch_size")
@@ -44,10 +44,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
         with gr.Column(scale=3, min_width=300):
             problem = place_for_problems()
             gr.Markdown(CHANGES)
-            line = gr.Code(
-                label="The command", language="shell", interactive=False, elem_id="train-command",
-                lines=1, wrap_lines=True,
-            )  # fmt: skip
+            line = command_box("train-command")
             recipe = gr.Code(
                 label="The recipe", language="yaml", interactive=False, lines=8, max_lines=16,
                 elem_id="train-recipe",

@@ -24,6 +24,11 @@ def begin() -> None:
     _importing()
 
 
+def is_done() -> bool:
+    """Returns whether they are imported: what a timer asks for can come later."""
+    return not _importing().is_alive()
+
+
 def wait() -> None:
     """Waits until they are imported: two threads must not import them at once."""
     _importing().join()

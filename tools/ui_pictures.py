@@ -91,11 +91,12 @@ def take(page: Page, folder: Path, data: Path) -> None:
 
     page.part("Plan")
     page.type("plan-max_length", "64")
+    page.expect("#plan-command", "--max-length 64")
     page.expect("#plan-table", "dora", "vera", "✔")
     picture(browser, "plan")
 
     page.part("Train")
-    page.type("field-steps", "20")
+    page.type("field-steps", "12")
     page.type("field-batch_size", "4")
     page.type("field-lr", "1e-3")
     train(page, folder, "capitals", "lora")

@@ -21,7 +21,7 @@ from report.browser import Browser, browser
 
 __all__ = ["browser"]
 
-MARGIN = 90.0
+MARGIN = 180.0
 """Seconds to wait for what a busy machine may take long for."""
 
 

@@ -59,6 +59,7 @@ def test_from_an_empty_directory_to_a_merged_model(
     page.press("start")
     page.wait(lambda: state_of(served.folder, "adapter") == runs.DONE)
     page.expect("#runs", "adapter", "done", "10")
+    page.wait(lambda: page.there("#curve-0 canvas"))
 
     words = command[command.index("lorakin") :].replace("--out adapter", "--out typed").split()
     subprocess.run(

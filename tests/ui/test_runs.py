@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from lorakin.errors import OutputError, SettingError, StateError
 from lorakin.storage import locks
-from lorakin.ui import jobs, runs, uploads
+from lorakin.ui import curves, jobs, runs, uploads
 
 
 @pytest.fixture
@@ -61,6 +62,21 @@ def test_a_damaged_file_is_said_and_hides_no_run(run: Path) -> None:
     (run / "metrics.jsonl").write_text("[]\n")
     (found,) = runs.listed(run.parent)
     assert "is not a row of metrics" in found.reason
+
+
+def test_two_runs_are_drawn_in_one_chart(run: Path) -> None:
+    other = run.parent / "other"
+    other.mkdir()
+    rows = [{"step": n, "loss": 1 / n, "learning_rate": 1e-3} for n in range(1, 2501)]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses, rates, *_ = (chart.data.values for chart in curves.charts_of([run, other]))
+    assert [point for point in losses if point["run"] == "adapter"] == [
+        {"step": 3, "value": 2.0, "run": "adapter", "of": "training"},
+        {"step": 0, "value": 2.5, "run": "adapter", "of": "held out"},
+    ]
+    steps = [point["step"] for point in rates]
+    assert {point["run"] for point in rates} == {"other"} and (steps[0], steps[-1]) == (1, 2500)
+    assert len(steps) <= curves.MOST_POINTS + 1
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "-x", "~", ".hidden", "a\nb"])

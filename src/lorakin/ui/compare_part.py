@@ -155,11 +155,11 @@ def _words(folder: Path, names: Sequence[str], *values: Any) -> list[str]:
     for name, value in zip(OWN, own, strict=True):
         words += [f"--{name}", str(value).strip()] if str(value or "").strip() else []
     words += recipe_form.words_of(recipe_form.raw_of(names, fields))
-    return [*words, "--out", str(runs.place(folder, out))]
+    return [*words, "--out", str(runs.place(folder, out or ""))]
 
 
-def _given(name: str, value: str) -> str:
-    text = value.strip()
+def _given(name: str, value: str | None) -> str:
+    text = (value or "").strip()
     if not text:
         raise SettingError(f"{name} is missing; name it at the head of the page")
     if "\n" in text:

@@ -1,4 +1,4 @@
-"""The curves of several runs over their steps, as tables for plots."""
+"""The curves of several runs over their steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import altair as alt
 
 from lorakin.errors import DataError
 from lorakin.ui import runs
@@ -15,36 +15,62 @@ from lorakin.ui import runs
 MOST_POINTS = 1000
 """Points of a curve that are drawn; a longer one is thinned out."""
 CURVES: dict[str, dict[str, tuple[str, float]]] = {
-    "loss": {"loss": ("", 1.0), "eval_loss": (", held out", 1.0)},
+    "loss": {"loss": ("training", 1.0), "eval_loss": ("held out", 1.0)},
     "learning rate": {"learning_rate": ("", 1.0)},
     "gradient norm": {"grad_norm": ("", 1.0)},
     "memory in GiB": {"memory_bytes": ("", 2.0**-30)},
 }
-"""A plot's title → the metric's name → what is put after the run's name, and a factor."""
+"""A plot's title → the metric's name → what the curve is, and a factor."""
+HEIGHT = 180
 
 
-def tables_of(folders: Sequence[Path]) -> list[pd.DataFrame]:
-    """Returns a table for each of `CURVES`, with the columns step, value and run.
+def charts_of(folders: Sequence[Path]) -> list[Any]:
+    """Returns a chart for each of `CURVES`, with a colour for each run.
 
-    >>> [list(table.columns) for table in tables_of([])][0]
-    ['step', 'value', 'run']
+    >>> len(charts_of([]))
+    4
     """
-    rows: dict[Path, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
         with contextlib.suppress(DataError):  # the list of runs says it
-            rows[folder] = runs.metrics_rows(folder)
-    return [
-        pd.DataFrame(
-            [
-                [row["step"], row[name] * factor, folder.name + after]
-                for folder, of in rows.items()
-                for name, (after, factor) in metrics.items()
-                for row in _thinned([one for one in of if name in one])
-            ],
-            columns=["step", "value", "run"],
-        )
-        for metrics in CURVES.values()
+            rows[folder.name] = runs.metrics_rows(folder)
+    return [_chart(title, metrics, rows) for title, metrics in CURVES.items()]
+
+
+def _chart(
+    title: str,
+    metrics: dict[str, tuple[str, float]],
+    runs_rows: dict[str, list[dict[str, Any]]],
+) -> Any:
+    points = [
+        {"step": row["step"], "value": row[name] * factor, "run": run, "of": of}
+        for run, rows in runs_rows.items()
+        for name, (of, factor) in metrics.items()
+        for row in _thinned([one for one in rows if name in one])
     ]
+    whole = alt.Axis(format="d", tickMinStep=1)
+    below = alt.Legend(orient="bottom", title=None)
+    dashes = alt.StrokeDash("of:N", legend=below if len(metrics) > 1 else None, sort=None)
+    chart = alt.Chart(alt.InlineData(values=points)).mark_line(point={"size": 16})
+    return chart.encode(
+        x=alt.X("step:Q", axis=whole),
+        y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
+        color=alt.Color("run:N", legend=below, sort=None),
+        strokeDash=dashes,
+        tooltip=["run:N", "step:Q", "value:Q"],
+    ).properties(**shape(f"{title}, by step"))
+
+
+def shape(description: str) -> dict[str, Any]:
+    """Returns the properties of a chart that fills its place on the page.
+
+    >>> shape("loss, by step")["width"]
+    'container'
+    """
+    options = {"embedOptions": {"actions": False}}
+    return {
+        "width": "container", "height": HEIGHT, "usermeta": options, "description": description,
+    }  # fmt: skip
 
 
 def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

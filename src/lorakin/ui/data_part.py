@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import altair as alt
 import gradio as gr
-import pandas as pd
 
 from lorakin.errors import SettingError
 from lorakin.training.recipe_option import DATA
-from lorakin.ui import recipe_form, uploads
+from lorakin.ui import curves, recipe_form, uploads
 from lorakin.ui.answered import answered, place_for_problems
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def build(model: Any, data: Any, runs: Path) -> DataInputs:
                 headers=["", "what training would make of it"], label="The data", wrap=True,
                 interactive=False, elem_id="facts", column_widths=["20%", "80%"],
             )  # fmt: skip
-            lengths = gr.BarPlot(x="tokens", y="rows", label="Lengths", height=180, sort=None)
+            lengths = gr.Plot(label="Lengths", show_label=False, elem_id="lengths")
             examples = [
                 gr.HighlightedText(
                     label=label,
@@ -124,10 +124,18 @@ def _shown(fields: dict[str, Any]) -> tuple[Any, ...]:
     bins = histogram(found.lengths, found.max_length)
     examples = [pieces(text) for text in found.examples]
     examples += [[]] * (EXAMPLES - len(examples))
-    table = pd.DataFrame(bins, columns=["tokens", "rows"])
-    names, most = [name for name, _ in bins], max(count for _, count in bins)
-    lengths = gr.BarPlot(table, x="tokens", y="rows", sort=names, y_lim=[0, most])
-    return rows, lengths, *examples
+    return rows, _bars(bins, f"{found.counted}s"), *examples
+
+
+def _bars(bins: list[tuple[str, int]], counted: str) -> Any:
+    """Returns a chart of how many rows have how many tokens."""
+    points = [{"tokens": name, "count": count} for name, count in bins]
+    chart = alt.Chart(alt.InlineData(values=points)).mark_bar()
+    return chart.encode(
+        x=alt.X("tokens:N", sort=None, axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("count:Q", title=counted),
+        tooltip=["tokens:N", "count:Q"],
+    ).properties(**curves.shape(f"{counted} by their tokens"))
 
 
 def pieces(text: Text) -> list[tuple[str, str | None]]:

@@ -113,10 +113,10 @@ def _said(
     from lorakin.ui import answering
 
     name = _checked(adapter)
-    if not prompt.strip():
+    if not (prompt or "").strip():
         raise SettingError("prompt is missing; type what is to be answered")
     sampling = Sampling(int(tokens or 0), float(temperature or 0))
-    speakers = answering.speakers_of(model.strip(), name, _version(name))
+    speakers = answering.speakers_of((model or "").strip(), name, _version(name))
     yield from answering.side_by_side(speakers, prompt, sampling)
 
 
@@ -140,7 +140,7 @@ def _rows(model: str, adapter: str | None, tokens: float, count: float) -> list[
         Prompt(number, record.where, {}, without_answer(record.content))
         for number, record in enumerate(records)
     ]
-    speakers = answering.speakers_of(model.strip(), name, _version(name))
+    speakers = answering.speakers_of((model or "").strip(), name, _version(name))
     said = answering.answered_rows(speakers, prompts, Sampling(int(tokens or 0)))
     return [
         [*_asked_and_right(record.content), *answers]

@@ -26,6 +26,7 @@ CSS = """
 .problem { border-left: 4px solid #b91c1c; padding: .5rem .75rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 .dark .problem { border-color: #f87171; }
+.gradio-container .altair, .gradio-container .vega-embed { width: 100%; }
 .framed { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
 """
 

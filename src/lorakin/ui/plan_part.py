@@ -64,12 +64,12 @@ def build(data: DataInputs, tab: Any) -> None:
 
 
 def _planned(
-    names: tuple[str, ...], model: str, methods: str, memory: str, *values: Any
+    names: tuple[str, ...], model: str | None, methods: str | None, memory: str | None, *values: Any
 ) -> tuple[Any, ...]:
     from lorakin.plan.advice import advise
     from lorakin.plan.table import TITLES, cells_of
 
-    model, methods, memory = model.strip(), methods.strip(), memory.strip()
+    model, methods, memory = ((text or "").strip() for text in (model, methods, memory))
     if not model:
         raise SettingError("model is missing; name it at the head of the page")
     raw = recipe_form.raw_of(names, values)

@@ -73,8 +73,8 @@ def place(folder: Path, name: str) -> Path:
     name = name.strip()
     if not name or name.startswith((".", "-", "~")) or any(mark in name for mark in "/\\\n\0"):
         raise SettingError(
-            f"--out {name!r} is not the name of a directory in {folder.resolve()}; give a name such as "
-            "adapter, without slashes and without a dot at its beginning"
+            f"--out {name!r} is not the name of a directory in {folder.resolve()}; give a name "
+            "such as adapter, without slashes and without a dot at its beginning"
         )
     return folder / paths.user_path(name, "--out")
 

@@ -126,15 +126,22 @@ def _report(out: Path) -> dict[str, Any]:
 
 
 def _words(
-    folder: Path, adapter: str | None, to: str, out: str, dtype: str, rank: str, portable: bool
+    folder: Path,
+    adapter: str | None,
+    to: str,
+    out: str | None,
+    dtype: str | None,
+    rank: str | None,
+    portable: bool,
 ) -> list[str]:
-    name = (adapter or "").strip()
+    # A field that was not shown yet is None.
+    name, dtype, rank = ((text or "").strip() for text in (adapter, dtype, rank))
     if not name:
         raise SettingError("adapter is missing; choose a run's, or type a directory or hub id")
-    place = str(runs.place(folder, out))
+    place = str(runs.place(folder, out or ""))
     words = ["merge", name] if to == MERGE else ["export", name, "--to", to]
-    words += ["--dtype", dtype.strip()] if dtype.strip() else []
-    words += ["--rank", rank.strip()] if rank.strip() and to != MERGE else []
+    words += ["--dtype", dtype] if dtype else []
+    words += ["--rank", rank] if rank and to != MERGE else []
     return [*words, *(["--portable"] if portable and to != MERGE else []), "--out", place]
 
 
@@ -154,7 +161,7 @@ def _started(folder: Path, *values: Any) -> tuple[Any, ...]:
 
 
 def _pushed(folder: Path, adapter: str | None, name: str) -> tuple[Any, ...]:
-    if not (adapter or "").strip() or not name.strip():
+    if not (adapter or "").strip() or not (name or "").strip():
         raise SettingError("choose an adapter and give the repository's name, such as org/name")
     words = ["push", str(adapter).strip(), name.strip()]
     jobs.start(words, folder / f"{PUSH}{LOGS}")

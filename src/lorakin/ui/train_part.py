@@ -87,8 +87,8 @@ def _build_runs(folder: Path, timer: Any) -> Any:
             )
         with gr.Column(scale=3, min_width=300):
             plots = [
-                gr.LinePlot(x="step", y="value", color="run", label=title, height=200)
-                for title in curves.CURVES
+                gr.Plot(label=title, show_label=False, elem_id=f"curve-{number}")
+                for number, title in enumerate(curves.CURVES)
             ]
     seen = gr.State("")
     outputs = [table, chosen, beside, log, *plots, seen]
@@ -118,15 +118,12 @@ def shown_runs(
     if now == seen:
         return tuple(gr.skip() for _ in range(count))
     drawn = [folder / name for name in ([chosen] if chosen else []) + beside]
-    plots = [
-        gr.LinePlot(table, x="step", y="value", color="run") for table in curves.tables_of(drawn)
-    ]
     return (
         [_cells(run) for run in found],
         gr.Dropdown(names, value=chosen),
         gr.CheckboxGroup([name for name in names if name != chosen], value=beside),
         log,
-        *plots,
+        *curves.charts_of(drawn),
         now,
     )
 
@@ -136,8 +133,8 @@ def _cells(run: runs.ListedRun) -> list[str]:
     return [run.name, run.state, run.method, str(run.step), *figures, run.reason]
 
 
-def _words(folder: Path, name: str, raw: dict[str, Any]) -> list[str]:
-    out = runs.place(folder, name)
+def _words(folder: Path, name: str | None, raw: dict[str, Any]) -> list[str]:
+    out = runs.place(folder, name or "")
     return ["train", *recipe_form.words_of(raw), "--out", str(out)]
 
 

@@ -127,8 +127,9 @@ def serve(
         raise OutputError(f"--runs {runs} is not a directory; make it, or name another")
     with listening(host, port) as listener, tempfile.TemporaryDirectory() as scratch:
         app = app_of(runs, host, password, scratch)
+        # An open page's stream is cut off at the end, which uvicorn would log as an error.
         config = uvicorn.Config(
-            app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2
+            app, log_level="critical", lifespan="on", timeout_graceful_shutdown=2
         )
         server = uvicorn.Server(config)
         shown = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host

@@ -26,9 +26,11 @@ from lorakin.cli import (
     lr_find,
     merge,
     methods,
+    pause,
     plan,
     push,
     serve,
+    stop,
     train,
     ui,
 )
@@ -59,6 +61,8 @@ app = typer.Typer(
 )
 for module in (
     train,
+    pause,
+    stop,
     plan,
     lr_find,
     compare,

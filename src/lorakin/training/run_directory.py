@@ -13,7 +13,8 @@ from lorakin.storage import locks, paths
 from lorakin.training import checkpoint_manifest, checkpoints, processes
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe, settings_in, without_empty
-from lorakin.training.run_files import CHECKPOINTS, LOCK, LOG, METRICS, PICTURE, RECIPE
+from lorakin.training.recipe_words import option_name
+from lorakin.training.run_files import CHECKPOINTS, LOCK, LOG, METRICS, PICTURE, RECIPE, REQUEST
 
 __all__ = [
     "CHECKPOINTS",
@@ -47,6 +48,7 @@ class RunDirectoryLock:
     def release(self) -> None:
         """Releases the directory; removes directories that were made for it and are empty."""
         if self.lock is not None:
+            forget_request(self.lock.path.parent)
             self.lock.release()
         for folder in self.made:
             with contextlib.suppress(OSError):
@@ -112,7 +114,7 @@ def _check_place(out: Path) -> None:
 
 def _check_contents(out: Path, resume: bool) -> None:
     """Checks that the directory is empty or, for a run that resumes, a run's."""
-    if not out.is_dir() or all(path.name in (LOCK, LOG) for path in out.iterdir()):
+    if not out.is_dir() or all(path.name in (LOCK, LOG, REQUEST) for path in out.iterdir()):
         return
     if not resume:
         raise OutputError(
@@ -135,6 +137,7 @@ def _acquire(directory_lock: RunDirectoryLock, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         # Whoever looks whether a lock is held holds it for a moment.
         directory_lock.lock = locks.acquire(out / LOCK, wait=0.1)
+        forget_request(out)  # that of a run which was killed
     except locks.LockTaken as error:
         raise OutputError(
             f"--out {out} is in use: {error} is at work there. Wait until it has ended, or choose "
@@ -159,6 +162,12 @@ def _checkpoint(recipe: Recipe, out: Path) -> Path | None:
             "or start over in another --out"
         )
     return folder
+
+
+def forget_request(out: Path) -> None:
+    """Removes what was asked of a run that has ended."""
+    with contextlib.suppress(OSError):  # a directory that is gone, or read-only since
+        (out / REQUEST).unlink()
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
@@ -191,7 +200,7 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     for name in given:
         value = getattr(asked, name)
         if value not in checkpoint_manifest.UNDECIDED and value != getattr(recipe, name):
-            called = "--" + name.replace("_", "-") if name in flags else name
+            called = option_name(name) if name in flags else name
             raise SettingError(
                 f"--resume continues {saved}, where {called} is {getattr(recipe, name)!r}, not "
                 f"{getattr(asked, name)!r}; to change it, start over in another --out"

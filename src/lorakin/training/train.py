@@ -51,6 +51,7 @@ def train(
         DivergedError: the loss is no longer finite. The adapter of the last step with a finite
             loss is saved.
         OutputError: something cannot be written.
+        KeyboardInterrupt: the run was interrupted, or asked to pause.
     """
     try:
         return _trained(run, before, callbacks)
@@ -78,9 +79,10 @@ def _trained(
         return figures | watching.score_of(run, figures)
 
     seen = [Watch(run.console, metrics), Alarms(run.console)] if processes.is_first() else []
+    requests = watching.Requests(run.out, evaluates=watching.evaluation_interval(run) is not None)
     with left_as_it_was(run.loaded.model):
-        trainer = trainer_of(run, held_out, [*seen, *callbacks])
-        after = _run_trainer(run, trainer, taken)
+        trainer = trainer_of(run, held_out, [*seen, *callbacks, requests])
+        after = _run_trainer(run, trainer, requests, taken)
     ending = watching.ending(run, trainer.state)
     if ending.words:
         run.console.print(labelled("ended  ", ending.words))
@@ -118,18 +120,23 @@ def _trained(
 
 
 def _run_trainer(
-    run: PreparedRun, trainer: RunTraining, taken: Mapping[int, Evaluation]
+    run: PreparedRun,
+    trainer: RunTraining,
+    requests: watching.Requests,
+    taken: Mapping[int, Evaluation],
 ) -> Evaluation:
     """Trains, and returns the held-out figures after it.
 
     Args:
         run: what `prepare` made.
         trainer: its Trainer.
+        requests: the callback that pauses it.
         taken: the last evaluation while training, by its step.
 
     Raises:
         DivergedError: a loss or a trained number is not finite; the last good adapter is saved.
         OutputError: a checkpoint cannot be written.
+        KeyboardInterrupt: the run was asked to pause.
     """
     trainer.run_identity = {
         checkpoint_manifest.RECIPE: run_directory.described(run.recipe),
@@ -139,6 +146,8 @@ def _run_trainer(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        if requests.is_paused:
+            raise KeyboardInterrupt
         steps = trainer.state.global_step
         kept = watching.ending(run, trainer.state).best_step or steps
         after = taken.get(kept) or run.evaluate()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import transformers
 
 from lorakin.errors import SettingError
 from lorakin.family.settings import require
-from lorakin.training import schedules
+from lorakin.training import processes, schedules
 from lorakin.training.metrics import METRICS, check_metric
+from lorakin.training.requests import PAUSE, STOP, asked
 from lorakin.training.run import LOSS, Ending, PreparedRun
 
 SCORE: Final = "eval_score"
 """The name of the number by which the Trainer finds the best step; see `score_of`."""
 TIE = 1e-9
 """How much of the loss is in a score."""
+STEPS_BETWEEN = 10
+"""Steps after which several processes look whether something is asked: they do so together."""
 KEPT_CHECKPOINTS = 2
 """How many checkpoints a run keeps, besides the best one."""
 
@@ -36,6 +40,38 @@ class EarlyStopping(transformers.EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Does nothing: `--keep` says what is kept."""
+
+
+class Requests(transformers.TrainerCallback):
+    """A Trainer callback that does what is asked of a run, after the step that it is at.
+
+    Attributes:
+        out: the run's directory.
+        evaluates: whether the run evaluates while it trains, so that its last step may be the best.
+        is_paused: whether the run has written a checkpoint and ends to be resumed.
+    """
+
+    def __init__(self, out: Path, evaluates: bool) -> None:
+        self.out, self.evaluates = out, evaluates
+        self.is_paused = self.pauses = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks whether something is asked."""
+        is_last = state.global_step >= state.max_steps
+        if is_last or (processes.count() > 1 and state.global_step % STEPS_BETWEEN):
+            return
+        request = processes.agreed(asked(self.out))
+        if request == STOP:
+            control.should_training_stop = True
+            control.should_evaluate = control.should_evaluate or self.evaluates
+            control.should_save = control.should_save or self.evaluates
+        elif request == PAUSE:
+            control.should_save = self.pauses = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends a run that pauses; the checkpoint does not say so, since the run is to go on."""
+        if self.pauses:
+            control.should_training_stop = self.is_paused = True
 
 
 def evaluation_interval(run: PreparedRun) -> int | None:

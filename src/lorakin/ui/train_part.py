@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import gradio as gr
 from lorakin.terminal import command
 from lorakin.training.recipe_file import as_yaml, read_recipe
 from lorakin.training.recipe_option import DATA, PANELS
+from lorakin.training.requests import PAUSE, STOP, Request, ask
 from lorakin.training.run_files import LOG
 from lorakin.ui import curves, jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, place_for_problems
@@ -81,6 +82,7 @@ def _build_runs(folder: Path, timer: Any) -> Any:
             with gr.Row():
                 pause = gr.Button("Pause", elem_id="pause")
                 resume = gr.Button("Resume", elem_id="resume")
+                stop = gr.Button("Stop and keep", elem_id="stop")
             problem = place_for_problems()
             log = gr.Textbox(
                 label="What it prints", lines=8, max_lines=16, interactive=False, elem_id="log"
@@ -100,7 +102,8 @@ def _build_runs(folder: Path, timer: Any) -> Any:
     timer.tick(tick, **look, trigger_mode="once")
     for component in (chosen, beside):
         component.input(tick, **look)
-    pause.click(answered(lambda run: _paused(folder, run), 0), [chosen], [problem])
+    pause.click(answered(_asking(folder, PAUSE), 0), [chosen], [problem])
+    stop.click(answered(_asking(folder, STOP), 0), [chosen], [problem])
     resume.click(answered(lambda run: _resumed(folder, run), 0), [chosen], [problem])
     return chosen
 
@@ -161,9 +164,12 @@ def _started(folder: Path, names: Sequence[str], name: str, *values: Any) -> tup
     return (gr.Dropdown([out.name], value=out.name),)
 
 
-def _paused(folder: Path, run: str | None) -> tuple[Any, ...]:
-    jobs.interrupt(runs.place(folder, run or ""))
-    return ()
+def _asking(folder: Path, request: Request) -> Callable[[str | None], tuple[Any, ...]]:
+    def handler(run: str | None) -> tuple[Any, ...]:
+        ask(runs.place(folder, run or ""), request)
+        return ()
+
+    return handler
 
 
 def _resumed(folder: Path, run: str | None) -> tuple[Any, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,44 @@ def write(page: Path, kept: Sequence[tuple[Evidence, dict[str, Any]]]) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}", encoding="utf-8")
     prior = dataclasses.asdict(prior_of(evidence))
     PRIOR.write_text(json.dumps(prior, indent=1) + "\n", encoding="utf-8")
-    folder = archive.FOLDER
+    for name, picture in pictures_of(evidence).items():
+        picture.draw(archive.FOLDER / name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of the page.
+
+    Attributes:
+        says: what it shows.
+        draw: draws it into a file.
+    """
+
+    says: str
+    draw: Callable[[Path], None]
+
+
+def pictures_of(evidence: Sequence[Evidence]) -> dict[str, Picture]:
+    """Returns the page's pictures by their files, of the methods that ran on all tasks."""
     done = [name for name in METHODS if all(name in e.standings for e in evidence)]
-    pictures.pareto(evidence, done, folder / "pareto.png")
-    if len(evidence) > 1:
-        pictures.critical_differences(evidence, done, folder / "ranks.png")
-    pictures.curves(evidence, done, folder / "curves.png")
+    found = {
+        "pareto.png": Picture(
+            "Quality against trained parameters, memory and time, each as a multiple of LoRA's; "
+            "no other method beats those on the line in both",
+            lambda path: pictures.pareto(evidence, done, path),
+        ),
+        "ranks.png": Picture(
+            "The methods' mean ranks over the tasks, and how far apart they must lie to differ",
+            lambda path: pictures.critical_differences(evidence, done, path),
+        ),
+        "curves.png": Picture(
+            "The loss on the tuning rows while training, the mean over seeds",
+            lambda path: pictures.curves(evidence, done, path),
+        ),
+    }
+    if len(evidence) == 1:
+        del found["ranks.png"]
+    return found
 
 
 def prior_of(evidence: Sequence[Evidence]) -> Prior:
@@ -62,11 +95,14 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterat
     for one in STATEMENTS:
         shown, verdict = one.measured(evidence)
         yield f"| {one.member} | {one.claim} | {one.paper} | {shown or '–'} | {verdict} |"
+    for name, picture in pictures_of(evidence).items():
+        yield ""
+        yield f"![{picture.says}](claims/{name})"
     for e, how in zip(evidence, hows, strict=True):
         yield ""
         yield f"### {e.task.title}"
         yield ""
-        yield said_of(how, len(e.standings["lora"].done))
+        yield f"{said_of(how, len(e.standings['lora'].done))} {flattened(e)}"
         yield ""
         yield from arms_table(e)
         if e.written:
@@ -80,6 +116,20 @@ def said_of(how: dict[str, Any], seeds: int) -> str:
         f"{how['model']}, {how['steps']} steps of {how['batch']} rows, {seeds} seeds; "
         f"{how['train']:,} rows to train on, {how['tune']:,} to choose rates by, {how['report']:,} "
         f"to report on. {how['machine']}."
+    )
+
+
+def flattened(e: Evidence) -> str:
+    """Says how flat plain LoRA's curve was at the end: its loss on the tuning rows, over seeds."""
+    curves = [dict(row.curve) for row in e.standings["lora"].done if row.curve]
+    if not curves:
+        return ""
+    last = max(curves[0])
+    steps = [min(curves[0], key=lambda step: abs(step - last * part)) for part in (0.5, 0.75, 1)]
+    losses = [statistics.fmean(curve[step] for curve in curves) for step in steps]
+    said = ", ".join(f"{loss:.3f}" for loss in losses)
+    return (
+        f"LoRA's loss on the tuning rows after half, three quarters and all of the steps: {said}."
     )
 
 

@@ -56,11 +56,12 @@ class Served:
         self.process.wait()
 
     def stop(self) -> None:
+        """Ends it as Ctrl-C does, which is soon, whatever it computes."""
         self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.kill()
+            assert self.process.wait(60) == 130
+        finally:
+            self.process.kill()
 
 
 class Page:

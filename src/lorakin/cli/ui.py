@@ -25,7 +25,9 @@ NOT_INSTALLED = "lorakin ui needs gradio; install it with: pip install 'lorakin[
 def command(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help=PORT_HELP)] = None,
     host: Annotated[str, typer.Option(help=HOST_HELP)] = "127.0.0.1",
-    password: Annotated[str | None, typer.Option(help=PASSWORD_HELP)] = None,
+    password: Annotated[
+        str | None, typer.Option(envvar="LORAKIN_PASSWORD", help=PASSWORD_HELP)
+    ] = None,
     runs: Annotated[Path, typer.Option(help=RUNS_HELP)] = Path(),
     no_browser: Annotated[
         bool, typer.Option("--no-browser", help="Do not open a browser.")

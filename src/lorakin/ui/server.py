@@ -5,6 +5,8 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -19,8 +21,8 @@ from lorakin.ui import warm
 
 PORT, TRIED = 7860, 100
 """Gradio's usual port, and how many are tried from it on."""
-USER = "lorakin"
-"""The name to log in with; any other does as well."""
+GRACE = 2
+"""Seconds for open requests when the server ends; after as many again the process ends."""
 
 
 def check_host(host: str, password: str | None) -> None:
@@ -129,7 +131,7 @@ def serve(
         app = app_of(runs, host, password, scratch)
         # An open page's stream is cut off at the end, which uvicorn would log as an error.
         config = uvicorn.Config(
-            app, log_level="critical", lifespan="on", timeout_graceful_shutdown=2
+            app, log_level="critical", lifespan="on", timeout_graceful_shutdown=GRACE
         )
         server = uvicorn.Server(config)
         shown = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
@@ -142,6 +144,13 @@ def serve(
             if opens_browser:
                 webbrowser.open(address)
             warm.begin()
+            while not server.should_exit:
+                time.sleep(0.1)
+            time.sleep(2 * GRACE)
+            # A plan or an answer is still being computed, and nobody waits for it. Runs are
+            # processes of their own.
+            shutil.rmtree(scratch, ignore_errors=True)
+            os._exit(128 + signal.SIGINT)
 
         threading.Thread(target=announce, daemon=True).start()
         server.run(sockets=[listener])

@@ -10,6 +10,7 @@
 # make gpu        on a machine with a GPU: the tests of tests/gpu, then steps beside PEFT, memory, lorakin train; one table (8 minutes)
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/evidence/architectures.md (three minutes)
 # make templates  what is learned under every chat template that trl and transformers carry: docs/evidence/templates.md (a minute)
+# make ui         lorakin ui in a real browser with the packaged model, and its time to start (ten minutes; needs Chromium)
 # make soak       stress tests: 200 kills, 10,000 hostile files, 50,000 reads while others write, members × bases × parallelism (about 40 minutes)
 # make docs       the documentation as a site for reading offline: site/index.html (strict: a broken link or a missing name fails)
 # make lock       write constraints.txt again, from the versions in .venv and the hashes that PyPI lists
@@ -28,7 +29,7 @@ OFFLINE := $(if $(filter hub,$(DATA)),,HF_HUB_OFFLINE=1)
 NEEDS_CUDA := import sys; from importlib.metadata import requires; \
 	sys.exit(not (sys.platform == "linux" and any(line.startswith(("nvidia", "cuda")) for line in requires("torch") or ())))
 
-.PHONY: demo test sentiment glue family claims interop gpu sweep templates bench soak check docs lock clean
+.PHONY: demo test sentiment glue family claims interop gpu sweep templates bench ui soak check docs lock clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
@@ -68,6 +69,11 @@ sweep: $(VENV)/.test
 
 templates: $(VENV)/.test
 	HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python -m training.template_table
+
+ui: $(VENV)/.test
+	mkdir -p soak
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LORAKIN_SOAK=$(CURDIR)/soak $(BIN)/python -m pytest tests/ui
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ui_start
 
 docs: $(VENV)/.docs
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

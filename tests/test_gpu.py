@@ -15,14 +15,17 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-FILES = sorted(path.name for path in (TESTS / "gpu").glob("test_*.py"))
+FILES = sorted(f"tests/gpu/{path.name}" for path in (TESTS / "gpu").glob("test_*.py"))
+PROCESSES = 4
+"""Several files in each: a process takes seconds to import torch."""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs on it")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ builds the pretended GPU")
-@pytest.mark.parametrize("name", FILES)
-def test_on_a_pretended_gpu(name: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "gpu.pretended", "-q", f"tests/gpu/{name}"]
+@pytest.mark.parametrize("part", range(PROCESSES))
+def test_on_a_pretended_gpu(part: int) -> None:
+    files = FILES[part::PROCESSES]
+    command = [sys.executable, "-m", "pytest", "-p", "gpu.pretended", "-q", *files]
     paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command,

@@ -101,7 +101,7 @@ def test_where_nothing_can_be_written_there_is_a_sentence(
     with pytest.raises(lk.OutputError, match="--out"):
         run_directory.lock_run_directory(recipe, Path("/proc/lorakin/out"), resume=False)
 
-    def read_only(*_: Any) -> Any:
+    def read_only(*_: Any, **__: Any) -> Any:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(locks, "acquire", read_only)

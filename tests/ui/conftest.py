@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from selenium.webdriver.common.keys import Keys
 
+import soak
 from conftest import interruptible
 from report.browser import Browser, browser
 
@@ -111,8 +112,21 @@ class Page:
         self.wait(is_chosen, name)
 
     def upload(self, path: Path) -> None:
-        self.wait(lambda: self.there("#upload input[type=file]"))
-        self.browser.find("#upload input[type=file]").send_keys(str(path))
+        """Drops a file; a page that is still being built does not notice it, so it looks."""
+
+        def is_dropped() -> bool:
+            for field in self.browser.driver.find_elements(
+                "css selector", "#upload input[type=file]"
+            ):
+                field.send_keys(str(path))
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                if path.stem in self.text("#upload"):
+                    return True
+                time.sleep(0.1)
+            return False
+
+        self.wait(is_dropped, f"upload of {path}")
 
     def type(self, place: str, text: str) -> None:
         """Types into the field of this id, in place of what stood there."""
@@ -145,6 +159,12 @@ class Page:
         self.wait(lambda: words in self.browser.run(visible), words)
 
 
+@pytest.fixture(params=["tiny", *(["smollm2"] if soak.is_slow() else [])])
+def model(request: pytest.FixtureRequest, model_dir: str) -> str:
+    """The model that is typed: a tiny one, and the packaged one with `make ui`."""
+    return model_dir if request.param == "tiny" else str(request.param)
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     folder = tmp_path / "work"
@@ -158,12 +178,22 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Sums, for a language model to learn."""
+    """Questions for a language model to learn, in words that the tiny one knows, too."""
     path = tmp_path / "rows.jsonl"
-    sums = [
-        {"prompt": f"What is {a} plus {b}?", "completion": f"It is {a + b}."}
-        for a in range(8)
-        for b in range(5)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in sums))
+    path.write_text("".join(questions("sat", "ran")))
     return path
+
+
+def questions(*verbs: str) -> list[str]:
+    """Lines of JSON: twenty rows for each verb."""
+    rows = [
+        {
+            "prompt": f"what did the {how} {animal} {verb} on",
+            "completion": f"it {verb} on the {place}",
+        }
+        for verb in verbs
+        for animal in ("cat", "dog")
+        for how in ("fast", "slow", "good", "bad", "one")
+        for place in ("mat", "tree")
+    ]
+    return [json.dumps(row) + "\n" for row in rows]

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 
 from lorakin.ui import runs
 from report.browser import Browser
-from ui.conftest import Page, Served
+from ui.conftest import Page, Served, questions
 
 pytestmark = pytest.mark.model
 WEIGHTS = "adapter_model.safetensors"
 
 
-def fill_in(page: Page, rows: Path, *, steps: int, out: str) -> None:
+def fill_in(page: Page, model: str, rows: Path, *, steps: int, out: str) -> None:
     """Uploads rows, looks at them, and fills in the form of a short run."""
+    page.type("field-model", model)
     page.upload(rows)
     page.expect("#facts", "40 rows, ", "prompt/completion")
     page.type("field-max_length", "64")
@@ -36,12 +37,13 @@ def state_of(folder: Path, name: str) -> str:
 
 
 def test_from_an_empty_directory_to_a_merged_model(
-    served: Served, browser: Browser, rows: Path
+    served: Served, browser: Browser, model: str, rows: Path
 ) -> None:
     page = Page(browser, served.address)
+    page.type("field-model", model)
     page.upload(rows)
     page.expect("#facts", "40 rows, ", "prompt/completion")
-    page.expect("#example-0", "What is", "It is")
+    page.expect("#example-0", "what did the", "on the")
     page.type("field-max_length", "64")
 
     page.part("Plan")
@@ -54,7 +56,7 @@ def test_from_an_empty_directory_to_a_merged_model(
     page.type("field-steps", "10")
     page.type("field-batch_size", "2")
     page.expect("#train-command", "--max-length 64", "--steps 10", "--batch-size 2")
-    page.expect("#train-recipe", "model: smollm2", "steps: 10")
+    page.expect("#train-recipe", f"model: {model}", "steps: 10")
     command = page.text("#train-command")
     page.press("start")
     page.wait(lambda: state_of(served.folder, "adapter") == runs.DONE)
@@ -71,7 +73,7 @@ def test_from_an_empty_directory_to_a_merged_model(
     page.part("Look")
     page.wait(lambda: "adapter" in page.value("#look-adapter input"))
     page.type("look-tokens", "8")
-    page.type("prompt", "What is 1 plus 1?")
+    page.type("prompt", "what did the fast cat sat on")
     page.press("ask")
     page.wait(lambda: page.value("#said-base textarea") and page.value("#said-adapter textarea"))
     page.press("inspect")
@@ -90,10 +92,10 @@ def test_from_an_empty_directory_to_a_merged_model(
 
 
 def test_a_run_outlives_the_server_and_two_pages_show_the_same(
-    served: Served, browser: Browser, rows: Path
+    served: Served, browser: Browser, model: str, rows: Path
 ) -> None:
     page = Page(browser, served.address)
-    fill_in(page, rows, steps=400, out="long")
+    fill_in(page, model, rows, steps=4000, out="long")
     page.press("start")
     folder = served.folder / "long"
     page.wait(lambda: state_of(served.folder, "long") == runs.RUNNING and runs.read(folder).step)
@@ -132,10 +134,10 @@ def test_a_run_outlives_the_server_and_two_pages_show_the_same(
     browser.driver.switch_to.window(first)
 
 
-def test_a_comparison(served: Served, browser: Browser, rows: Path) -> None:
-    lines = rows.read_text().splitlines(keepends=True)
-    rows.write_text("".join(lines + [line.replace("plus", "and") for line in lines]))
+def test_a_comparison(served: Served, browser: Browser, model: str, rows: Path) -> None:
+    rows.write_text("".join(questions("sat", "ran", "flew", "is")))
     page = Page(browser, served.address)
+    page.type("field-model", model)
     page.upload(rows)
     page.expect("#facts", "80 rows, ")
     page.type("field-max_length", "64")

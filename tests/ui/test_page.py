@@ -86,6 +86,7 @@ def test_from_an_empty_directory_to_a_merged_model(
     page.expect("#exports", "merged", "done", "mean KL")
     assert (served.folder / "merged" / "model.safetensors").is_file()
 
+    assert browser.run("return Object.keys(localStorage).filter(k => /history/.test(k))") == []
     here = f"127.0.0.1:{served.port}"
     strange = [url for url in browser.requests() if url.startswith("http") and here not in url]
     assert strange == []
@@ -116,7 +117,7 @@ def test_a_run_outlives_the_server_and_two_pages_show_the_same(
 
     other.wait(lambda: (folder / "checkpoints").is_dir() and runs.adapters(served.folder))
     other.press("pause")
-    other.expect("#runs", "interrupted")
+    other.expect("#runs", "paused")
     first, second = browser.driver.window_handles
     shown = other.text("#runs")
     browser.driver.switch_to.window(first)
@@ -127,7 +128,7 @@ def test_a_run_outlives_the_server_and_two_pages_show_the_same(
     page.wait(lambda: runs.read(folder).step > at)
     page.expect("#runs", "running")
     page.press("stop")
-    page.expect("#runs", "done")
+    page.expect("#runs", "done", "stopped after step")
     assert (folder / "adapter_config.json").is_file()
     browser.driver.switch_to.window(second)
     browser.driver.close()
@@ -157,12 +158,21 @@ def test_a_comparison(served: Served, browser: Browser, model: str, rows: Path) 
     assert "report.html" in page.value("#compare-log textarea")
 
 
-def test_what_is_wrong_is_a_sentence(served: Served, browser: Browser, tmp_path: Path) -> None:
+def test_what_is_wrong_is_a_sentence(
+    served: Served, browser: Browser, model_dir: str, rows: Path, tmp_path: Path
+) -> None:
     page = Page(browser, served.address)
-    wrong = tmp_path / "rows.jsonl"
+    page.type("field-model", model_dir)
+    page.upload(rows)
+    page.expect("#facts", "40 rows, ")
+    page.type("field-data", str(tmp_path / "nowhere.jsonl"))
+    page.press("preview")
+    page.problem("nowhere.jsonl")
+    assert "40 rows" not in page.text("#facts"), "it was of other data"
+    wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"prompt": "a"}\n{"prompt"\n')
     page.upload(wrong)
-    page.problem("uploads/rows.jsonl': line 2 cannot be read as JSON")
+    page.problem("uploads/wrong.jsonl': line 2 cannot be read as JSON")
 
     page.part("Train")
     page.type("field-out", "../elsewhere")
@@ -170,6 +180,10 @@ def test_what_is_wrong_is_a_sentence(served: Served, browser: Browser, tmp_path:
     page.type("field-out", "adapter")
     page.type("field-rank", "many")
     page.problem("--rank is 'many'")
+    page.wait(lambda: "lorakin" not in page.text("#train-command"))
+    page.type("field-rank", "4")
+    page.type("field-method", "nonsense")
+    page.problem("nonsense")
     assert "Traceback" not in page.text("body")
 
 

@@ -58,6 +58,25 @@ def test_a_run_is_done_failed_or_done_after_it_failed(run: Path) -> None:
     assert runs.read(run).state == runs.DONE
 
 
+def test_a_run_that_was_paused_and_one_that_was_stopped_say_so(run: Path) -> None:
+    log = run / "log.txt"
+    log.write_text("$ lorakin train\nstep 3/9\nstopped; resume with: lorakin train --resume\n")
+    assert runs.read(run).state == runs.PAUSED
+    log.write_text(log.read_text() + "$ lorakin train --resume\nended  stopped after step 4 of 9\n")
+    (run / "adapter_config.json").write_text("{}")
+    assert (runs.read(run).state, runs.read(run).reason) == (runs.DONE, "stopped after step 4 of 9")
+
+
+def test_a_process_that_has_said_something_runs(run: Path) -> None:
+    log = run / "log.txt"
+    log.write_text("$ lorakin train\n")
+    with log.open("r+") as file:
+        locks.hold(file.fileno())
+        assert runs.read(run).state == runs.STARTING
+        log.write_text("$ lorakin train\nadapter  adapter\n")
+        assert runs.read(run).state == runs.RUNNING
+
+
 def test_a_damaged_file_is_said_and_hides_no_run(run: Path) -> None:
     (run / "metrics.jsonl").write_text("[]\n")
     (found,) = runs.listed(run.parent)

@@ -96,8 +96,9 @@ def test_without_gradio_the_command_says_what_to_install(
     assert "pip install 'lorakin[ui]'" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_not_there_is_said(
+def test_a_folder_that_cannot_be_made_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(["ui", "--no-browser", "--runs", str(tmp_path / "none")]) == 2
-    assert "is not a directory" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run_command(["ui", "--no-browser", "--runs", str(tmp_path / "file" / "runs")]) == 2
+    assert "cannot be made" in capsys.readouterr().err

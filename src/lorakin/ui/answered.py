@@ -28,10 +28,16 @@ def note(text: str) -> str:
     return f'<p role="status">{html.escape(visible(text))}</p>'
 
 
-def answered(handler: Callable[..., tuple[Any, ...]], outputs: int) -> Callable[..., Any]:
+def answered(
+    handler: Callable[..., tuple[Any, ...]], outputs: int, *, keeps: bool = False
+) -> Callable[..., Any]:
     """Returns a handler of `outputs` values, and a last one for a sentence on what went wrong.
 
-    After an error the other values stay as they were.
+    Args:
+        handler: returns the values, or raises a LorakinError.
+        outputs: how many there are.
+        keeps: whether they stay as they were after an error. What an earlier input made would look
+            like the answer to this one, so otherwise they are emptied.
     """
 
     @functools.wraps(handler)
@@ -40,7 +46,8 @@ def answered(handler: Callable[..., tuple[Any, ...]], outputs: int) -> Callable[
         try:
             return (*handler(*values), "")
         except LorakinError as error:
-            return (*[gr.skip() for _ in range(outputs)], problem(error))
+            left = gr.skip() if keeps else gr.update(value=None)
+            return (*[left] * outputs, problem(error))
 
     return wrapped
 
@@ -57,7 +64,7 @@ def answered_in_pieces(
             for piece in handler(*values):
                 yield (*piece, "")
         except LorakinError as error:
-            yield (*[gr.skip() for _ in range(outputs)], problem(error))
+            yield (*[gr.update(value=None)] * outputs, problem(error))
 
     return wrapped
 

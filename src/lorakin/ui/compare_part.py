@@ -75,14 +75,16 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
     def words(*values: Any) -> list[str]:
         return _words(folder, names, *values)
 
-    for when in (tab.select, *(component.change for component in inputs)):
-        when(
-            answered(lambda *values: (command("lorakin", *words(*values)),), 1), inputs,
-            [line, problem], show_progress="hidden", trigger_mode="always_last",
-        )  # fmt: skip
+    gr.on(
+        [tab.select, *(component.change for component in inputs)],
+        answered(lambda *values: (command("lorakin", *words(*values)),), 1), inputs,
+        [line, problem], show_progress="hidden", trigger_mode="always_last",
+    )  # fmt: skip
     cost.click(answered(lambda *values: (_cost(names, *values),), 1), inputs, [costs, problem])
     chosen = _build_trials(folder, timer)
-    start.click(answered(lambda *values: _started(words(*values)), 1), inputs, [chosen, problem])
+    start.click(
+        answered(lambda *values: _started(words(*values)), 1, keeps=True), inputs, [chosen, problem]
+    )
 
 
 def _build_trials(folder: Path, timer: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +90,16 @@ def build(model: Any, data: Any, runs: Path) -> DataInputs:
     show = answered(lambda *values: _shown(*_fields(inputs, values)), len(outputs))
     told: dict[str, Any] = {
         "fn": show, "inputs": inputs.components, "outputs": [*outputs, problem],
-        "trigger_mode": "always_last", "show_progress": "minimal",
+        "trigger_mode": "always_last", "show_progress": "full",
     }  # fmt: skip
-    look.click(**told)
-    for component in (model, data, *fields.values()):
-        is_typed = isinstance(component, gr.Textbox)
-        (component.submit if is_typed else component.input)(**told)
+    edits = [
+        component.submit if isinstance(component, gr.Textbox) else component.input
+        for component in (model, data, *fields.values())
+    ]
+    # One listener, so that of several edits only the last is answered.
+    gr.on([look.click, *edits], **told)
     file.upload(
-        answered(lambda path: (_kept(path, runs),), 1),
+        answered(lambda path: (_kept(path, runs),), 1, keeps=True),
         [file],
         [data, problem],
     ).success(**told)
@@ -114,9 +117,7 @@ def _fields(inputs: DataInputs, values: tuple[Any, ...]) -> tuple[dict[str, Any]
 def _shown(fields: dict[str, Any]) -> tuple[Any, ...]:
     from lorakin.training.preview import histogram, preview, recipe_for
 
-    for name in TOP:
-        if name not in fields:
-            raise SettingError(f"{name} is missing; name it at the head of the page")
+    check_named(fields)
     found: Preview = preview(recipe_for(fields.pop("model"), fields.pop("data"), **fields))
     rows = [[label, fact] for label, fact in found.facts()]
     rows += [["epoch", line] for line in found.epoch.lines()]
@@ -125,6 +126,17 @@ def _shown(fields: dict[str, Any]) -> tuple[Any, ...]:
     examples = [pieces(text) for text in found.examples]
     examples += [[]] * (EXAMPLES - len(examples))
     return rows, _bars(bins, f"{found.counted}s"), *examples
+
+
+def check_named(fields: Mapping[str, Any]) -> None:
+    """Checks that the head of the page names a model and data.
+
+    Raises:
+        SettingError: it does not.
+    """
+    for name in TOP:
+        if not fields.get(name):
+            raise SettingError(f"{name} is missing; name it at the head of the page")
 
 
 def _bars(bins: list[tuple[str, int]], counted: str) -> Any:

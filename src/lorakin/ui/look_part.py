@@ -57,7 +57,7 @@ def build(model: Any, runs: Path) -> Any:
     read = gr.Button("Answer held-out rows", elem_id="held-out")
     table = gr.Dataframe(
         headers=["asked", "right", "the base", "the adapter"], label="Both answers",
-        interactive=False, wrap=True, elem_id="held-out-table",
+        interactive=False, wrap=True, elem_id="held-out-table", column_widths=["25%"] * 4,
     )  # fmt: skip
     read.click(
         answered(lambda *values: (_rows(*values),), 1), [model, adapter, tokens, count],

@@ -55,12 +55,9 @@ def build(data: DataInputs, tab: Any) -> None:
     told: dict[str, Any] = {
         "fn": answered(lambda *values: _planned(names, *values), len(outputs)),
         "inputs": inputs, "outputs": [*outputs, problem], "trigger_mode": "always_last",
-        "show_progress": "minimal",
+        "show_progress": "full",
     }  # fmt: skip
-    refresh.click(**told)
-    tab.select(**told)
-    for component in inputs:
-        component.input(**told)
+    gr.on([refresh.click, tab.select, *(component.input for component in inputs)], **told)
 
 
 def _planned(

@@ -15,7 +15,7 @@ from lorakin.training.recipe_file import settings_in
 from lorakin.training.run_files import CHECKPOINTS, LOCK, LOG, METRICS, RECIPE
 
 RUNNING, STARTING, DONE = "running", "starting", "done"
-INTERRUPTED, FAILED = "interrupted", "failed"
+PAUSED, INTERRUPTED, FAILED = "paused", "interrupted", "failed"
 TRAINING, COMPARISON = "training", "comparison"
 ADAPTER, COMPARED, RESULTS, EXPORTED = (
     "adapter_config.json",
@@ -25,6 +25,8 @@ ADAPTER, COMPARED, RESULTS, EXPORTED = (
 )
 PROMPT = "$ lorakin "
 """How the line of a log begins that says which command wrote the rest."""
+ENDED, RESUMABLE = "ended  ", "resume with: "
+"""How the line begins that says how training ended, and what the line of a paused run holds."""
 MOST_OF_A_LOG = 20_000
 """Characters at the end of a log that are read."""
 
@@ -37,8 +39,8 @@ class ListedRun:
         name: the directory's name.
         path: the directory.
         kind: `TRAINING` or `COMPARISON`.
-        state: `RUNNING`, `STARTING`, `DONE`, `INTERRUPTED` or `FAILED`.
-        reason: why it failed.
+        state: `RUNNING`, `STARTING`, `DONE`, `PAUSED`, `INTERRUPTED` or `FAILED`.
+        reason: why it failed, or how it ended.
         method: what is trained; "" if that is not known yet.
         step: the last optimizer step in its metrics.
         loss: the last training loss; None without one.
@@ -156,13 +158,32 @@ def error_in(log: str) -> str:
     >>> error_in("$ lorakin train\nerror: there is no row\n")
     'there is no row'
     """
-    last = ("\n" + log).rpartition("\n" + PROMPT)[2]
+    last = last_command(log)
     _, is_error, text = ("\n" + last).rpartition("\nerror: ")
     if is_error:
         return text.strip()
     if "Traceback (most recent call last)" in last:
         return last.strip().splitlines()[-1]
     return ""
+
+
+def last_command(log: str) -> str:
+    r"""Returns the last command of a log, and what it printed.
+
+    >>> last_command("$ lorakin train\nno\n$ lorakin train --resume\nyes\n")
+    'train --resume\nyes\n'
+    """
+    return ("\n" + log).rpartition("\n" + PROMPT)[2]
+
+
+def ending_in(log: str) -> str:
+    r"""Returns how the last command of a log says that its training ended; "" for the usual end.
+
+    >>> ending_in("$ lorakin train\nended  stopped after step 3 of 9\n")
+    'stopped after step 3 of 9'
+    """
+    lines = (line for line in last_command(log).splitlines() if line.startswith(ENDED))
+    return next((line.removeprefix(ENDED).strip() for line in lines), "")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -188,21 +209,24 @@ def _changed(path: Path) -> float:
 
 
 def _state(path: Path) -> tuple[str, str]:
-    """Returns the state of a run, and why it failed."""
+    """Returns the state of a run, and why it failed or how it ended."""
+    log = log_of(path / LOG)
     if locks.holder(path / LOCK) is not None:
         return RUNNING, ""
     if locks.holder(path / LOG) is not None:
-        return STARTING, ""
+        # Its lock is not taken yet, or no longer: it says something in between.
+        has_said = "\n" in last_command(log).rstrip("\n")
+        return (RUNNING if has_said else STARTING), ""
     report = path / ("report.html" if _is_comparison(path) else ADAPTER)
-    error = error_in(log_of(path / LOG))
-    is_earlier = (
-        report.is_file() and report.stat().st_mtime > (path / LOG).stat().st_mtime
-        if (error)
-        else False
+    error = error_in(log)
+    is_later = report.is_file() and (
+        not error or report.stat().st_mtime > (path / LOG).stat().st_mtime
     )
-    if error and not is_earlier:
+    if error and not is_later:
         return FAILED, error
-    return (DONE, "") if report.is_file() else (INTERRUPTED, "")
+    if is_later:
+        return DONE, ending_in(log)
+    return (PAUSED if RESUMABLE in last_command(log) else INTERRUPTED), ""
 
 
 def _settings(path: Path) -> dict[str, Any]:

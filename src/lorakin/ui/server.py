@@ -125,8 +125,10 @@ def serve(
     import uvicorn
 
     check_host(host, password)
-    if not runs.is_dir():
-        raise OutputError(f"--runs {runs} is not a directory; make it, or name another")
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--runs {runs} cannot be made: {error.strerror or error}") from error
     with listening(host, port) as listener, tempfile.TemporaryDirectory() as scratch:
         app = app_of(runs, host, password, scratch)
         # An open page's stream is cut off at the end, which uvicorn would log as an error.

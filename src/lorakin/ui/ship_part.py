@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ TARGETS = [
     ("a GGUF adapter, for llama.cpp", "gguf"),
     ("a merged GGUF model, for llama.cpp and Ollama", "gguf-merged"),
 ]
+SERVED = {
+    MERGE: "vllm serve {out}",
+    PLAIN: "lorakin serve {out} --out {out}-served",
+    "gguf": "llama-server -m base.gguf --lora {out}/adapter.gguf",
+    "gguf-merged": "llama-server -m {out}/model.gguf",
+}
+"""What is exported → the command that serves it."""
 TITLES = ("directory", "holds", "state", "compared with the trained model")
 FIGURES = {
     "mean_kl": "mean KL {:.2g} nats",
@@ -66,7 +74,7 @@ def build(runs_folder: Path, timer: Any, tab: Any) -> Any:
             serve = command_box("serve-command", "The command to serve it")
             table = gr.Dataframe(
                 headers=list(TITLES), label="Exports", interactive=False, wrap=True,
-                elem_id="exports", column_widths=["20%", "15%", "15%", "50%"],
+                elem_id="exports", column_widths=["140px", "110px", "140px", "320px"],
             )  # fmt: skip
             log = gr.Textbox(
                 label="What the last one prints", lines=6, interactive=False, elem_id="ship-log"
@@ -76,8 +84,10 @@ def build(runs_folder: Path, timer: Any, tab: Any) -> Any:
     def words(*values: Any) -> tuple[str, str]:
         return _described(runs_folder, *values)
 
-    for told in (tab.select, *(component.change for component in inputs)):
-        told(answered(words, 2), inputs, [line, serve, problem], show_progress="hidden")
+    gr.on(
+        [tab.select, *(component.change for component in inputs)], answered(words, 2), inputs,
+        [line, serve, problem], show_progress="hidden", trigger_mode="always_last",
+    )  # fmt: skip
     start.click(answered(lambda *values: _started(runs_folder, *values), 0), inputs, [problem])
     push.click(
         answered(lambda *values: _pushed(runs_folder, *values), 0), [adapter, name], [problem]
@@ -147,8 +157,8 @@ def _words(
 
 def _described(folder: Path, *values: Any) -> tuple[str, str]:
     words = _words(folder, *values)
-    serving = ["serve", str(values[0]).strip(), "--out", str(folder / "served")]
-    return command("lorakin", *words), command("lorakin", *serving)
+    serving = SERVED[values[1]].format(out=shlex.quote(words[-1]))
+    return command("lorakin", *words), serving
 
 
 def _started(folder: Path, *values: Any) -> tuple[Any, ...]:

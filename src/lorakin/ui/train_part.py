@@ -13,13 +13,13 @@ from lorakin.training.recipe_file import as_yaml, read_recipe
 from lorakin.training.recipe_option import DATA, PANELS
 from lorakin.training.requests import PAUSE, STOP, Request, ask
 from lorakin.training.run_files import LOG
-from lorakin.ui import curves, jobs, recipe_form, runs
+from lorakin.ui import curves, data_part, jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, place_for_problems
 from lorakin.ui.data_part import DataInputs
 
 OPEN = ("method", "rank", "lr", "steps", "epochs", "batch_size")
 GROUPS = {panel: recipe_form.group((*OPEN, "out"), panel) for panel in PANELS if panel != DATA}
-TITLES = ("run", "state", "method", "step", "loss", "held out", "what is wrong")
+TITLES = ("run", "state", "method", "step", "loss", "held out", "notes")
 CHANGES = "The command and the recipe that the form stands for:"
 
 
@@ -58,11 +58,10 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
         "inputs": inputs, "outputs": [line, recipe, problem], "trigger_mode": "always_last",
         "show_progress": "hidden",
     }  # fmt: skip
-    for when in (tab.select, *(component.change for component in inputs)):
-        when(**told)
+    gr.on([tab.select, *(component.change for component in inputs)], **told)
     chosen = _build_runs(folder, timer)
     start.click(
-        answered(lambda *values: _started(folder, told_names, *values), 1),
+        answered(lambda *values: _started(folder, told_names, *values), 1, keeps=True),
         inputs,
         [chosen, problem],
     )
@@ -144,8 +143,11 @@ def _words(folder: Path, name: str | None, raw: dict[str, Any]) -> list[str]:
 def _recipe(folder: Path, names: Sequence[str], name: str, *values: Any) -> tuple[list[str], Any]:
     """Returns the words of the command, and the recipe that they stand for."""
     raw = recipe_form.raw_of(names, values)
+    data_part.check_named(raw)
     words = _words(folder, name, raw)
-    return words, read_recipe(None, recipe_form.fields_of(raw) | {"out": words[-1]})
+    recipe = read_recipe(None, recipe_form.fields_of(raw) | {"out": words[-1]})
+    recipe.build()  # a method that is not one is said here
+    return words, recipe
 
 
 def _described(folder: Path, names: Sequence[str], name: str, *values: Any) -> tuple[str, str]:

@@ -64,7 +64,6 @@ def build(runs: Path) -> Any:
             shipped = ship_part.build(runs, timer, tab)
         _follow_adapters([looked, shipped], runs, timer)
     page.queue(default_concurrency_limit=8)
-    page.run_history = False  # else the browser keeps every call, and slows down
     return page
 
 

@@ -98,6 +98,7 @@ def app_of(runs: Path, host: str, password: str | None, scratch: str) -> Any:
         app, page.build(runs), path="/", theme=page.theme(), css=page.CSS, ssr_mode=False,
         footer_links=[], show_error=True, auth=is_known if password is not None else None,
         enable_monitoring=False,
+        run_history=False,  # else the browser keeps every call, and becomes slow
     )  # fmt: skip
 
 

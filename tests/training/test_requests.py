@@ -26,23 +26,6 @@ Make = Callable[..., Recipe]
 AT = 5
 
 
-@pytest.fixture
-def make(
-    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Callable[..., str], tmp_path: Path
-) -> Make:
-    common: dict[str, Any] = {
-        "model": model_dir,
-        "data": write_rows(chat_rows, "train.jsonl"),
-        "eval_data": write_rows(chat_rows[:4], "held.jsonl"),
-        "rank": 4,
-        "lr": 1e-2,
-        "steps": 12,
-        "dtype": "float32",
-        "dropout": 0.2,
-    }
-    return lambda out, **more: Recipe(**common | {"out": str(tmp_path / out)} | more)
-
-
 class Asking(transformers.TrainerCallback):
     """Asks, while a step is at work."""
 
@@ -72,7 +55,6 @@ def last_of(recipe: Recipe) -> Path:
     return found
 
 
-@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("settings", [{}, {"save_every": 0}, {"keep": "best", "eval_every": 4}])
 def test_a_run_that_was_paused_ends_as_one_that_was_not(
     make: Make, settings: dict[str, Any]
@@ -93,7 +75,6 @@ def test_a_run_that_was_paused_ends_as_one_that_was_not(
     assert losses[0] == losses[1]
 
 
-@pytest.mark.usefixtures("pictures")
 def test_a_run_that_is_stopped_keeps_its_last_step(make: Make) -> None:
     stopped, paused = make("stopped"), make("paused")
     result = run(stopped, requests.STOP)
@@ -110,7 +91,6 @@ def test_a_run_that_is_stopped_keeps_its_last_step(make: Make) -> None:
     assert not (Path(stopped.out) / ".request").exists()
 
 
-@pytest.mark.usefixtures("pictures")
 def test_a_run_that_keeps_its_best_step_keeps_the_best_until_it_is_stopped(make: Make) -> None:
     recipe = make("out", keep="best", eval_every=2)
     result = run(recipe, requests.STOP)
@@ -121,7 +101,6 @@ def test_a_run_that_keeps_its_best_step_keeps_the_best_until_it_is_stopped(make:
     assert result.after.loss == figures[result.ending.best_step]
 
 
-@pytest.mark.usefixtures("pictures")
 def test_what_was_asked_of_an_earlier_run_is_forgotten(make: Make, tmp_path: Path) -> None:
     recipe = make("out", steps=2)
     Path(recipe.out).mkdir()

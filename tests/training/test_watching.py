@@ -24,25 +24,6 @@ Write = Callable[..., str]
 Make = Callable[..., Recipe]
 
 
-@pytest.fixture
-def make(
-    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path
-) -> Make:
-    """Recipes of runs whose held-out loss falls and then rises: other answers are right there."""
-    held = [{**row, "completion": "the tree is on the cat"} for row in chat_rows[:8]]
-    common: dict[str, Any] = {
-        "model": model_dir,
-        "data": write_rows(chat_rows, "train.jsonl"),
-        "eval_data": write_rows(held + chat_rows[:4], "held.jsonl"),
-        "rank": 4,
-        "lr": 1e-2,
-        "steps": 12,
-        "dtype": "float32",
-        "dropout": 0.2,
-    }
-    return lambda out, **more: Recipe(**common | {"out": str(tmp_path / out)} | more)
-
-
 def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str]:
     text = io.StringIO()
     console = Console(file=text, width=200)

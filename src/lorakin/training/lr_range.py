@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import math
 import tempfile
 from collections.abc import Sequence
@@ -19,9 +18,8 @@ from rich.console import Console
 
 from lorakin.errors import DivergedError, SettingError
 from lorakin.family.settings import require
-from lorakin.storage import atomic
 from lorakin.training import train as training
-from lorakin.training.metrics_file import running_mean
+from lorakin.training.metrics_file import running_mean, write_figure
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_trainer import RunTraining, trainer_of
 
@@ -122,10 +120,7 @@ class RangeTest:
         axes.set_ylim(top=2 * max(self.losses[0], min(self.smoothed)), bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=120)
-        plt.close(figure)
-        atomic.write(path.parent, {path.name: drawn.getvalue()})
+        write_figure(figure, path)
 
 
 class RangeTraining(RunTraining):

@@ -123,10 +123,7 @@ class Metrics:
             part.set(xlabel="step")
             part.grid(alpha=0.3)
             part.legend()
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=120)
-        plt.close(figure)
-        atomic.write(path.parent, {path.name: drawn.getvalue()})
+        write_figure(figure, path)
 
     def _others(self) -> list[str]:
         """Returns the names of held-out figures besides the loss."""
@@ -135,6 +132,20 @@ class Metrics:
 
     def _points(self, name: str) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for row in self.rows() if name in row]
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Writes a figure of matplotlib as a PNG, whole or not at all, and closes it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    import matplotlib.pyplot as plt
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    plt.close(figure)
+    atomic.write(path.parent, {path.name: drawn.getvalue()})
 
 
 def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:

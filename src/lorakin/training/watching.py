@@ -48,12 +48,12 @@ class Requests(transformers.TrainerCallback):
     Attributes:
         out: the run's directory.
         evaluates: whether the run evaluates while it trains, so that its last step may be the best.
-        is_paused: whether the run has written a checkpoint and ends to be resumed.
+        is_paused: whether the run writes a checkpoint and ends, to be resumed.
     """
 
     def __init__(self, out: Path, evaluates: bool) -> None:
         self.out, self.evaluates = out, evaluates
-        self.is_paused = self.pauses = False
+        self.is_paused = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks whether something is asked."""
@@ -66,12 +66,12 @@ class Requests(transformers.TrainerCallback):
             control.should_evaluate = control.should_evaluate or self.evaluates
             control.should_save = control.should_save or self.evaluates
         elif request == PAUSE:
-            control.should_save = self.pauses = True
+            control.should_save = self.is_paused = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends a run that pauses; the checkpoint does not say so, since the run is to go on."""
-        if self.pauses:
-            control.should_training_stop = self.is_paused = True
+        if self.is_paused:
+            control.should_training_stop = True
 
 
 def evaluation_interval(run: PreparedRun) -> int | None:

@@ -40,10 +40,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
     """Builds the part in a tab."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            out = gr.Textbox(
-                label="out", value="comparison", elem_id="compare-out",
-                info=f"The name of a directory in {folder.resolve().name}.",
-            )  # fmt: skip
+            out = recipe_form.out_input("comparison", folder, "compare-out", "a directory")
             own = {
                 name: gr.Textbox(
                     value,

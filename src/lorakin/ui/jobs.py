@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -76,16 +75,3 @@ def interrupt(folder: Path) -> None:
     if holder[2] != platform.node():
         raise StateError(f"{folder} is at work on {holder[2]}; pause it there")
     os.kill(int(holder[1]), signal.SIGINT)
-
-
-def words_in(log: Path) -> list[str]:
-    """Returns the words of the last command in a log, without `lorakin`; none if there is no log.
-
-    Raises:
-        StateError: the line is not a command.
-    """
-    lines = [line for line in runs.log_of(log).splitlines() if line.startswith(runs.PROMPT)]
-    try:
-        return shlex.split(lines[-1].removeprefix(runs.PROMPT)) if lines else []
-    except ValueError:
-        raise StateError(f"{log} does not say which command wrote it") from None

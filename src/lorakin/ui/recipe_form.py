@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -51,6 +52,19 @@ def input_of(name: str, **options: Any) -> Any:
             choices.insert(0, (default_in_words(name), ""))
         return gr.Dropdown(choices, value=default, **said | options)
     return gr.Textbox(placeholder=default_in_words(name), **said | options)
+
+
+def out_input(value: str, folder: Path, place: str, what: str = "a new directory") -> Any:
+    """Returns the component in which a directory in a folder is named.
+
+    Args:
+        value: the name that stands there at first.
+        folder: the folder of the runs.
+        place: the component's id on the page.
+        what: what is named.
+    """
+    info = f"The name of {what} in {folder.resolve().name}."
+    return gr.Textbox(value, label="out", info=info, elem_id=place)
 
 
 def group(names: Sequence[str], panel: str) -> list[str]:

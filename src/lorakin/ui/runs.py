@@ -57,11 +57,6 @@ class ListedRun:
     loss: float | None = None
     held_out: float | None = None
 
-    @property
-    def lives(self) -> bool:
-        """Whether a process works in it now."""
-        return self.state in (RUNNING, STARTING)
-
 
 def place(folder: Path, name: str) -> Path:
     """Returns the directory `name` in a folder of runs.
@@ -90,8 +85,10 @@ def listed(folder: Path) -> list[ListedRun]:
 
 def read(path: Path) -> ListedRun:
     """Returns a run as its directory shows it now."""
-    kind = COMPARISON if _is_comparison(path) else TRAINING
-    state, reason = _state(path)
+    log = log_of(path / LOG)
+    is_comparison = (path / COMPARED).is_file() or f"{PROMPT}compare " in log
+    kind = COMPARISON if is_comparison else TRAINING
+    state, reason = _state(path, kind, log)
     row: dict[str, Any] = {}
     if kind == TRAINING:
         try:
@@ -199,25 +196,20 @@ def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in (RECIPE, ADAPTER, COMPARED, LOG, LOCK))
 
 
-def _is_comparison(path: Path) -> bool:
-    return (path / COMPARED).is_file() or f"{PROMPT}compare " in log_of(path / LOG)
-
-
 def _changed(path: Path) -> float:
     names = (RECIPE, ADAPTER, COMPARED, LOG, METRICS, RESULTS)
     return max((p.stat().st_mtime for p in (path / n for n in names) if p.is_file()), default=0.0)
 
 
-def _state(path: Path) -> tuple[str, str]:
+def _state(path: Path, kind: str, log: str) -> tuple[str, str]:
     """Returns the state of a run, and why it failed or how it ended."""
-    log = log_of(path / LOG)
     if locks.holder(path / LOCK) is not None:
         return RUNNING, ""
     if locks.holder(path / LOG) is not None:
         # Its lock is not taken yet, or no longer: it says something in between.
         has_said = "\n" in last_command(log).rstrip("\n")
         return (RUNNING if has_said else STARTING), ""
-    report = path / ("report.html" if _is_comparison(path) else ADAPTER)
+    report = path / ("report.html" if kind == COMPARISON else ADAPTER)
     error = error_in(log)
     is_later = report.is_file() and (
         not error or report.stat().st_mtime > (path / LOG).stat().st_mtime

@@ -147,6 +147,8 @@ def serve(
             if opens_browser:
                 webbrowser.open(address)
             warm.begin()
+
+        def cut_short() -> None:
             while not server.should_exit:
                 time.sleep(0.1)
             time.sleep(2 * GRACE)
@@ -155,5 +157,6 @@ def serve(
             shutil.rmtree(scratch, ignore_errors=True)
             os._exit(128 + signal.SIGINT)
 
-        threading.Thread(target=announce, daemon=True).start()
+        for beside in (announce, cut_short):
+            threading.Thread(target=beside, daemon=True).start()
         server.run(sockets=[listener])

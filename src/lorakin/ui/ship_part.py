@@ -11,7 +11,7 @@ import gradio as gr
 
 from lorakin.errors import OutputError, SettingError
 from lorakin.terminal import command
-from lorakin.ui import jobs, runs
+from lorakin.ui import jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, place_for_problems, when_new
 from lorakin.ui.look_part import adapter_input
 
@@ -48,10 +48,7 @@ def build(runs_folder: Path, timer: Any, tab: Any) -> Any:
         with gr.Column(scale=2, min_width=300):
             adapter = adapter_input("ship-adapter")
             to = gr.Radio(TARGETS, value=MERGE, label="to", elem_id="ship-to")
-            out = gr.Textbox(
-                label="out", value="merged", elem_id="ship-out",
-                info=f"The name of a new directory in {runs_folder.resolve().name}.",
-            )  # fmt: skip
+            out = recipe_form.out_input("merged", runs_folder, "ship-out")
             dtype = gr.Textbox(
                 label="dtype", placeholder="the target's own", elem_id="ship-dtype",
                 info="float32, float16 or bfloat16; base (merged); q8_0 (gguf-merged).",

@@ -34,10 +34,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
     """
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            name = gr.Textbox(
-                label="out", value="adapter", elem_id="field-out",
-                info=f"The name of a new directory in {folder.resolve().name}.",
-            )  # fmt: skip
+            name = recipe_form.out_input("adapter", folder, "field-out")
             fields = {field: recipe_form.input_of(field) for field in OPEN}
             for panel, names in GROUPS.items():
                 with gr.Accordion(panel, open=False):

@@ -111,8 +111,9 @@ def test_a_study_from_its_trials_to_its_page(
 ) -> None:
     task, out = small
     kept = evidence.archived(task, "", out, "2026-11-30")
-    archive.save(task.name, kept, tmp_path)
-    found = evidence.evidence_of(task, archive.load(task.name, tmp_path))
+    monkeypatch.setattr(archive, "FOLDER", tmp_path)
+    archive.save(task.name, kept)
+    found = evidence.evidence_of(task, archive.load(task.name))
     assert found.standings.keys() == {"lora", "dora", "constant"}
     for name, standing in found.standings.items():
         assert name == "constant" or (len(standing.done) == 2 and standing.trained)
@@ -126,7 +127,6 @@ def test_a_study_from_its_trials_to_its_page(
 
     planned = design(found, study.SEEDS)
     assert planned is not None and planned.rows == 80
-    monkeypatch.setattr(archive, "FOLDER", tmp_path)
     monkeypatch.setattr(page, "METHODS", ("lora", "dora"))
     monkeypatch.setattr(page, "PRIOR", tmp_path / "prior.json")
     written = tmp_path / "claims.md"
@@ -143,16 +143,40 @@ def test_a_cell_runs_again_to_the_same_figure(
     small: tuple[Task, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, out = small
-    archive.save(task.name, evidence.archived(task, "", out, "2026-11-30"), tmp_path)
-    monkeypatch.setattr(
-        archive, "load", lambda name, folder=tmp_path, load=archive.load: load(name, folder)
-    )
+    monkeypatch.setattr(archive, "FOLDER", tmp_path)
+    archive.save(task.name, evidence.archived(task, "", out, "2026-11-30"))
     cell = again.run_again(task, "lora", 1, "")
     assert cell.before is not None and cell.value == pytest.approx(cell.before, abs=1e-12)
     assert cell.lands
     assert not dataclasses.replace(cell, value=cell.high + 1).lands
     with pytest.raises(SystemExit):
         again.run_again(task, "vera", 1, "")
+
+
+def test_a_study_goes_on_elsewhere_from_the_committed_rows(
+    small: tuple[Task, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = small
+    monkeypatch.setattr(archive, "FOLDER", tmp_path / "kept")
+    quiet = Console(quiet=True)
+    archive.replace(task.name, evidence.archived(task, "", out, "2026-11-30"))
+    elsewhere = tmp_path / "elsewhere"
+    study.restore(task, "", elsewhere, quiet)
+    study.restore(task, "", elsewhere, quiet)
+    run = study.run_task(task, "", elsewhere, arms.PILOT, 3, "cpu", quiet)
+    kept = archive.load(task.name).rows
+    assert [row.trial for row in run.results.rows[: len(kept)]] == [row.trial for row in kept]
+    assert {row.trial.seed for row in run.results.rows[len(kept) :]} == {2}
+
+    archive.replace(task.name, evidence.archived(task, "", elsewhere, "2026-12-02"))
+    both = archive.load(task.name)
+    assert both.how["days"] == ["2026-11-30", "2026-12-02"] and len(both.rows) == len(kept) + 2
+    with pytest.raises(SystemExit):  # the first directory lacks the third seed
+        archive.replace(task.name, evidence.archived(task, "", out, "2026-12-03"))
+    train, report = task.parts("")
+    other = dataclasses.replace(task, parts=lambda data: (train[:300], report))
+    with pytest.raises(SystemExit):
+        study.restore(other, "", tmp_path / "other", quiet)
 
 
 def test_the_committed_rows_make_the_committed_page() -> None:

@@ -1,6 +1,7 @@
 """The study of the papers' claims, part by part.
 
 python -m benchmarks.claims run --data folder       runs trials; what ended is not run again
+python -m benchmarks.claims restore --data folder   the committed trials, to go on from elsewhere
 python -m benchmarks.claims write --data folder     lets the adapters of E2E write answers
 python -m benchmarks.claims design                  what the pilot's rows say of seeds and rows
 python -m benchmarks.claims keep --data folder      writes the trials to docs/evidence/claims/
@@ -18,9 +19,10 @@ from rich.console import Console
 
 from benchmarks.claims import again, archive, arms, bleu, evidence, page
 from benchmarks.claims.design import design
-from benchmarks.claims.study import SEEDS, run_task
+from benchmarks.claims.study import SEEDS, restore, run_task
 from benchmarks.claims.tasks import HUB, TASKS, task_named
 
+PARTS = ("run", "restore", "write", "design", "keep", "page", "again")
 GROUPS = {"pilot": arms.PILOT, "main": arms.MAIN, "all": None}
 PAGE = archive.ROOT / "docs" / "evidence" / "study.md"
 WRITES = "e2e"
@@ -33,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("run", "write", "design", "keep", "page", "again"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("cell", nargs="*", help="of again: the task, the arm and the seed")
     parser.add_argument("--data", default=HUB, help="the folder with the data, or hub")
     parser.add_argument("--out", type=Path, default=Path("claims"), help="the study's directory")
@@ -50,6 +52,9 @@ def main() -> None:
                 task_named(name), options.data, options.out, GROUPS[options.arms], options.seeds,
                 options.devices, console,
             )  # fmt: skip
+    elif options.part == "restore":
+        for name in options.tasks:
+            restore(task_named(name), options.data, options.out, console)
     elif options.part == "write":
         bleu.write_missing(task_named(WRITES), options.out, arms.METHODS, options.seeds)
     elif options.part == "keep":
@@ -58,7 +63,7 @@ def main() -> None:
             if (options.out / name / "results.jsonl").is_file():
                 task = task_named(name)
                 kept = evidence.archived(task, options.data, options.out, day)
-                console.print(str(archive.save(name, kept)))
+                console.print(str(archive.replace(name, kept)))
                 if written := bleu.read(options.out / name / bleu.FILE):
                     console.print(str(archive.save_written(name, written)))
     elif options.part == "page":

@@ -22,7 +22,7 @@ from scipy import stats
 
 from benchmarks.claims import archive
 from benchmarks.claims.evidence import evidence_of
-from benchmarks.claims.study import comparison_of, prepared
+from benchmarks.claims.study import comparison_of, prepared, restore
 from benchmarks.claims.tasks import Task
 from lorakin.compare import trial
 from lorakin.compare.directory import locked
@@ -81,6 +81,8 @@ def run_again(task: Task, arm: str, seed: int, data: str) -> Cell:
     before = {row.trial.seed: (row.report or {})[task.measure] for row in standings[arm].done}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
+        # Which modules an arm draws at random follows from the trials of LoRA-drop.
+        restore(task, data, out, Console(quiet=True))
         with locked(comparison_of(task, data, out)):
             run = prepared(task, data, out, Console(quiet=True))
             job = run.trial_job(Trial(arm, SEED, standings[arm].lr, seed), "cpu", threads=1)

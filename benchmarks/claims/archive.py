@@ -40,39 +40,57 @@ class Archive:
     rows: list[ResultRow]
 
 
-def path_of(task: str, folder: Path = FOLDER) -> Path:
+def path_of(task: str) -> Path:
     """Returns the file of a task."""
-    return folder / f"{task}.jsonl.xz"
+    return FOLDER / f"{task}.jsonl.xz"
 
 
-def save(task: str, archive: Archive, folder: Path = FOLDER) -> Path:
+def save(task: str, archive: Archive) -> Path:
     """Writes the rows of a task, without what the page does not need."""
-    folder.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     rows = shortened(archive.rows, str(archive.how["measure"]))
     lines = [json.dumps({HEAD: archive.how}), *(row.as_json() for row in rows)]
-    file = path_of(task, folder)
+    file = path_of(task)
     file.write_bytes(lzma.compress("".join(line + "\n" for line in lines).encode(), preset=9))
     return file
 
 
-def load(task: str, folder: Path = FOLDER) -> Archive:
+def replace(task: str, archive: Archive) -> Path:
+    """Writes the rows of a task in place of the committed ones, whose days are kept.
+
+    Raises:
+        SystemExit: some of the committed trials are not among the new ones.
+    """
+    if path_of(task).is_file():
+        old = load(task)
+        if lost := {row.trial.name for row in old.rows} - {row.trial.name for row in archive.rows}:
+            raise SystemExit(
+                f"{task}: {len(lost)} committed trials are not in the study's directory, such as "
+                f"{min(lost)}; bring them there first (restore), or delete {path_of(task)}"
+            )
+        days = sorted({*old.how["days"], *archive.how["days"]})
+        archive = dataclasses.replace(archive, how={**archive.how, "days": days})
+    return save(task, archive)
+
+
+def load(task: str) -> Archive:
     """Reads the rows of a task."""
-    text = lzma.decompress(path_of(task, folder).read_bytes()).decode()
+    text = lzma.decompress(path_of(task).read_bytes()).decode()
     first, *lines = text.splitlines()
     return Archive(json.loads(first)[HEAD], [ResultRow.from_json(line) for line in lines])
 
 
-def save_written(task: str, rows: Sequence[WrittenRow], folder: Path = FOLDER) -> Path:
+def save_written(task: str, rows: Sequence[WrittenRow]) -> Path:
     """Writes what a task's adapters wrote."""
-    file = folder / f"{task}-{WRITTEN}"
+    file = FOLDER / f"{task}-{WRITTEN}"
     lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
     file.write_bytes(lzma.compress(lines.encode(), preset=9))
     return file
 
 
-def load_written(task: str, folder: Path = FOLDER) -> list[WrittenRow]:
+def load_written(task: str) -> list[WrittenRow]:
     """Reads what a task's adapters wrote; nothing where that was not looked at."""
-    file = folder / f"{task}-{WRITTEN}"
+    file = FOLDER / f"{task}-{WRITTEN}"
     text = lzma.decompress(file.read_bytes()).decode() if file.is_file() else ""
     return [WrittenRow(**json.loads(line)) for line in text.splitlines()]
 

@@ -46,7 +46,7 @@ def archived(task: Task, data: str, out: Path, day: str) -> archive.Archive:
         "seeds": run.comparison.seeds,
         **{part: getattr(run.parts, part) for part in ("train", "tune", "report")},
         "dtype": run.dtype,
-        "day": day,
+        "days": [day],
         "machine": f"{platform.machine()}, one thread a trial",
         "versions": {m.__name__: m.__version__ for m in (lorakin, torch, transformers)},
         "arms": [{name: getattr(arm, name) for name in ARM_FIELDS} for arm in arms],

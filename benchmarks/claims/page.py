@@ -112,10 +112,11 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterat
 
 def said_of(how: dict[str, Any], seeds: int) -> str:
     """Says how a task was run."""
+    days = how["days"]
     return (
         f"{how['model']}, {how['steps']} steps of {how['batch']} rows, {seeds} seeds; "
         f"{how['train']:,} rows to train on, {how['tune']:,} to choose rates by, {how['report']:,} "
-        f"to report on. {how['machine']}."
+        f"to report on. {how['machine']}; {' to '.join(sorted({days[0], days[-1]}))}."
     )
 
 

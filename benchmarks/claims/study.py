@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.claims import archive
 from benchmarks.claims import arms as more
 from benchmarks.claims.tasks import Task
 from lorakin.compare import next_trials, workers
@@ -53,6 +54,30 @@ def prepared(task: Task, data: str, out: Path, console: Console) -> PreparedComp
     run.arms += more.sizes(by_name["lora"], by_name["dora"], task.model)
     run.arms += _random(run, by_name["lora-drop"])
     return run
+
+
+def restore(task: Task, data: str, out: Path, console: Console) -> None:
+    """Writes the committed trials into the study's directory, unless it holds trials.
+
+    The study can then go on, on another machine too.
+
+    Raises:
+        SystemExit: the data is not that of the committed trials.
+    """
+    with locked(comparison_of(task, data, out)):
+        run = prepare(comparison_of(task, data, out), console)
+        if run.results.rows or not archive.path_of(task.name).is_file():
+            return
+        kept = archive.load(task.name)
+        for part in ("train", "tune", "report"):
+            here, there = getattr(run.parts, part), kept.how[part]
+            if here != there:
+                raise SystemExit(
+                    f"{task.title}: {data} gives {here:,} rows to {part}, and the committed "
+                    f"trials had {there:,}: it is other data"
+                )
+        for row in kept.rows:
+            run.results.add(row)
 
 
 def _random(run: PreparedComparison, drop: Arm) -> list[Arm]:

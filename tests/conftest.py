@@ -29,6 +29,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+LONGEST = ("tests/ui/test_page.py", "tests/test_gpu.py", "tests/training/test_processes.py")
+"""Files whose tests take the longest: of several processes, one would end with them alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the longest tests."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 WORDS = (
     "the a cat dog bird sat ran flew on over mat tree fast slow yes no good bad what is who did it "
     "one two three"

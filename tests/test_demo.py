@@ -43,6 +43,7 @@ def test_the_demo(
     packaged("smollm2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "HELD_OUT_ROWS", 24)
+    monkeypatch.setattr(demo, "ANSWER_TOKENS", 8)
     assert run(["demo", "--steps", "4"]) == 0
     shown = capsys.readouterr().out
     perplexity = [float(figure) for figure in re.findall(r"perplexity ([\d.]+) over", shown)]

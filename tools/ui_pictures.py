@@ -122,8 +122,8 @@ def take(page: Page, folder: Path, data: Path) -> None:
     picture(browser, "ship")
 
     page.part("Compare")
+    page.choose("compare-methods", "lora")
     for name, value in (
-        ("methods", "lora"),
         ("budget", "steps=4"),
         ("seeds", "1"),
         ("lr-sweep", "1e-3"),

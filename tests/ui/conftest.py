@@ -137,7 +137,23 @@ class Page:
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(Keys.BACKSPACE)
         field.send_keys(text)
+        self.leave(field)
+
+    def choose(self, place: str, *values: str) -> None:
+        """Chooses these in a field that takes several, in place of what was chosen."""
+        self.wait(lambda: self.there(f"#{place} input"), place)
+        for found in self.browser.driver.find_elements("css selector", f"#{place} .remove-all"):
+            found.click()
+        field = self.browser.find(f"#{place} input")
+        for value in values:
+            field.send_keys(value)
+            field.send_keys(Keys.ENTER)
+        self.leave(field)
+
+    def leave(self, field: Any) -> None:
+        """Leaves a field by the Tab key, and the next one, whose choices may cover others."""
         field.send_keys(Keys.TAB)
+        self.browser.run("document.activeElement.blur()")
 
     def press(self, place: str) -> None:
         self.wait(lambda: self.there(f"#{place}"), place)

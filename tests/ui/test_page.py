@@ -48,10 +48,10 @@ def test_from_an_empty_directory_to_a_merged_model(
     page.type("field-max_length", "64")
 
     page.part("Plan")
-    page.type("plan-methods", "lora")
+    page.choose("plan-methods", "lora", "dora,lora+")
     page.type("plan-max_length", "64")
     page.type("plan-batch_size", "2")
-    page.expect("#plan-table", "lora", "✔")
+    page.expect("#plan-table", "lora+,dora", "✔")
 
     page.part("Train")
     page.type("field-steps", "10")
@@ -144,7 +144,8 @@ def test_a_comparison(served: Served, browser: Browser, model: str, rows: Path) 
     page.expect("#facts", "80 rows, ")
     page.type("field-max_length", "64")
     page.part("Compare")
-    small = {"methods": "lora", "budget": "steps=4", "seeds": "1", "lr-sweep": "1e-3"}
+    page.choose("compare-methods", "lora")
+    small = {"budget": "steps=4", "seeds": "1", "lr-sweep": "1e-3"}
     for name, value in small.items():
         page.type(f"compare-{name}", value)
     page.press("cost")
@@ -186,6 +187,9 @@ def test_what_is_wrong_is_a_sentence(
     page.type("field-rank", "4")
     page.type("field-method", "nonsense")
     page.problem("nonsense")
+    page.part("Compare")
+    page.type("compare-budget", "steps=1")
+    page.problem("--budget steps=1 fits no trial")
     assert "Traceback" not in page.text("body")
 
 

@@ -68,22 +68,7 @@ class Metrics:
             raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from None
         whole, _, rest = content.rpartition("\n")
         lines = whole.splitlines() + ([rest] if rest.endswith("}") else [])
-        return [self._row(number, line) for number, line in enumerate(lines, 1) if line]
-
-    def _row(self, number: int, line: str) -> dict[str, Any]:
-        try:
-            content = checked(dict[str, Any], json.loads(line))
-            row = {
-                name: checked(KINDS.get(name, float), value, name)
-                for name, value in content.items()
-            }
-            if "step" not in row:
-                raise SchemaError("step is missing")
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{self.path}, line {number} is not a row of metrics: {error}; remove that line"
-            ) from None
-        return row
+        return [row_of(line, self.path, number) for number, line in enumerate(lines, 1) if line]
 
     def plot(self, path: Path) -> None:
         """Draws the training and the held-out loss over the steps, and other held-out figures."""
@@ -132,6 +117,26 @@ class Metrics:
 
     def _points(self, name: str) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for row in self.rows() if name in row]
+
+
+def row_of(line: str, path: Path, number: int) -> dict[str, Any]:
+    """Returns a row from its line.
+
+    Raises:
+        DataError: it is something else; `path` and `number` say which line it is.
+    """
+    try:
+        content = checked(dict[str, Any], json.loads(line))
+        row = {
+            name: checked(KINDS.get(name, float), value, name) for name, value in content.items()
+        }
+        if "step" not in row:
+            raise SchemaError("step is missing")
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}, line {number} is not a row of metrics: {error}; remove that line"
+        ) from None
+    return row
 
 
 def write_figure(figure: Any, path: Path) -> None:

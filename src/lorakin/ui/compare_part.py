@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -20,10 +20,12 @@ from lorakin.ui.data_part import FIELDS, DataInputs
 from lorakin.ui.look_part import framed
 from lorakin.ui.warm import is_done
 
+if TYPE_CHECKING:
+    from lorakin.compare.comparison import Comparison
+
 MORE = tuple(name for name in OF_A_RECIPE if name not in FIELDS)
 """Fields that all trials share and that the part Data does not have."""
 OWN = {
-    "methods": ("lora dora", "all", "Methods with spaces between, such as: dora vera dora,lora+."),
     "budget": ("steps=200", "", "Of each trial: steps=… or minutes=…; perhaps params=…."),
     "seeds": ("3", "", "Runs of each method at its best learning rate."),
     "lr-sweep": ("auto", "", "Learning rates to try: auto, or rates such as 1e-4,3e-4."),
@@ -31,16 +33,18 @@ OWN = {
     "metric": ("", "the task's own", "What decides: loss, or a metric of the task."),
     "eval-data": ("", "split off the data", "Rows to report on."),
 }
-"""Options of `lorakin compare` → what the form says, the default in words, the help."""
+"""Options of `lorakin compare` besides the methods → what the form says, the default in words, the
+help."""
 TITLES = ("trial", "state", "tuning loss", "held-out loss", "seconds")
 REPORT = "report.html"
 
 
-def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
-    """Builds the part in a tab."""
+def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
+    """Builds the part in a tab; returns the component that chooses methods."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             out = recipe_form.out_input("comparison", folder, "compare-out", "a directory")
+            methods = recipe_form.methods_input(("lora", "dora"), "compare-methods")
             own = {
                 name: gr.Textbox(
                     value,
@@ -67,9 +71,10 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
         if name in OF_A_RECIPE
     ]
     names = (*(name for name in data.names if name in OF_A_RECIPE), *fields)
-    inputs = [data.model, data.data, out, *own.values(), *of_data, *fields.values()]
+    inputs = [data.model, data.data, out, methods, *own.values(), *of_data, *fields.values()]
 
     def words(*values: Any) -> list[str]:
+        _comparison(names, "unused", *values)  # what is out of its range is said here
         return _words(folder, names, *values)
 
     gr.on(
@@ -82,6 +87,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
     start.click(
         answered(lambda *values: _started(words(*values)), 1, keeps=True), inputs, [chosen, problem]
     )
+    return methods
 
 
 def _build_trials(folder: Path, timer: Any) -> Any:
@@ -108,6 +114,7 @@ def _build_trials(folder: Path, timer: Any) -> Any:
     }  # fmt: skip
     timer.tick(**look, trigger_mode="once")
     chosen.input(**look)
+    chosen.change(lambda: "", outputs=[problem], show_progress="hidden")  # it was of another one
     pause.click(answered(lambda name: _paused(folder, name), 0), [chosen], [problem])
     show.click(answered(lambda name: (_report(folder, name),), 1), [chosen], [report, problem])
     return chosen
@@ -148,9 +155,10 @@ def trials(path: Path) -> list[list[str]]:
 
 
 def _words(folder: Path, names: Sequence[str], *values: Any) -> list[str]:
-    model, data, out, *rest = values
+    model, data, out, methods, *rest = values
     own, fields = rest[: len(OWN)], rest[len(OWN) :]
     words = ["compare", "--model", _given("model", model), "--data", _given("data", data)]
+    words += ["--methods", " ".join(methods)] if methods else []
     for name, value in zip(OWN, own, strict=True):
         words += [f"--{name}", str(value).strip()] if str(value or "").strip() else []
     words += recipe_form.words_of(recipe_form.raw_of(names, fields))
@@ -166,23 +174,33 @@ def _given(name: str, value: str | None) -> str:
     return text
 
 
-def _cost(names: Sequence[str], *values: Any) -> str:
+def _comparison(names: Sequence[str], place: str, *values: Any) -> Comparison:
+    """Returns the comparison that the form stands for, in the directory `place`.
+
+    Raises:
+        SettingError: a value is out of its range.
+    """
     from lorakin.compare.comparison import Comparison
-    from lorakin.compare.preparation import prepare
     from lorakin.family.method_words import methods_of
 
-    model, data, _, *rest = values
+    model, data, _, methods, *rest = values
     given = zip(OWN, rest[: len(OWN)], strict=True)
     own = {name: str(value or "").strip() for name, value in given}
     fields = recipe_form.fields_of(recipe_form.raw_of(names, rest[len(OWN) :]))
+    return Comparison(
+        model=_given("model", model), data=_given("data", data), out=place,
+        methods=methods_of(" ".join(methods or ["all"])), budget=own["budget"] or "steps=200",
+        seeds=_whole("seeds", own["seeds"] or "3"), sweep=own["lr-sweep"] or "auto",
+        eval_data=own["eval-data"] or None, metric=own["metric"] or None,
+        rank=_whole("rank", own["rank"]) if own["rank"] else None, recipe=fields,
+    )  # fmt: skip
+
+
+def _cost(names: Sequence[str], *values: Any) -> str:
+    from lorakin.compare.preparation import prepare
+
     with tempfile.TemporaryDirectory() as scratch:
-        comparison = Comparison(
-            model=_given("model", model), data=_given("data", data), out=f"{scratch}/comparison",
-            methods=methods_of(own["methods"] or "all"), budget=own["budget"] or "steps=200",
-            seeds=_whole("seeds", own["seeds"] or "3"), sweep=own["lr-sweep"] or "auto",
-            eval_data=own["eval-data"] or None, metric=own["metric"] or None,
-            rank=_whole("rank", own["rank"]) if own["rank"] else None, recipe=fields,
-        )  # fmt: skip
+        comparison = _comparison(names, f"{scratch}/comparison", *values)
         prepared = prepare(comparison, Terminal(quiet=True))
         count, parts = prepared.expected(), prepared.parts
     lines = [f"about {count} trials, {comparison.parsed_budget} each"]

@@ -53,15 +53,16 @@ def build(runs: Path) -> Any:
         with gr.Tab("Data"):
             inputs = data_part.build(model, data, runs)
         with gr.Tab("Plan") as tab:
-            plan_part.build(inputs, tab)
+            planned = plan_part.build(inputs, tab)
         with gr.Tab("Train") as tab:
-            train_part.build(inputs, runs, timer, tab)
+            trained = train_part.build(inputs, runs, timer, tab)
         with gr.Tab("Look"):
             looked = look_part.build(model, runs)
         with gr.Tab("Compare") as tab:
-            compare_part.build(inputs, runs, timer, tab)
+            compared = compare_part.build(inputs, runs, timer, tab)
         with gr.Tab("Ship") as tab:
             shipped = ship_part.build(runs, timer, tab)
+        recipe_form.offer_methods([planned, trained, compared], page)
         _follow_adapters([looked, shipped], runs, timer)
     page.queue(default_concurrency_limit=8)
     return page

@@ -23,14 +23,15 @@ ALSO = ("exclude", "layers", "modules_to_save", "rank_above")
 """What a plan asks for, too; the page leaves it at the default."""
 
 
-def build(data: DataInputs, tab: Any) -> None:
-    """Builds the part in a tab, which shows the plan when it is chosen."""
+def build(data: DataInputs, tab: Any) -> Any:
+    """Builds the part in a tab, which shows the plan when it is chosen.
+
+    Returns:
+        the component that chooses methods.
+    """
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            methods = gr.Textbox(
-                label="methods", value="lora dora vera", placeholder="all", elem_id="plan-methods",
-                info="Methods with spaces between, such as: lora dora dora,lora+.",
-            )  # fmt: skip
+            methods = recipe_form.methods_input(("lora", "dora", "vera"), "plan-methods")
             memory = gr.Textbox(
                 label="memory", placeholder="what is free here", elem_id="plan-memory",
                 info="Memory available, such as 24GB.",
@@ -58,25 +59,26 @@ def build(data: DataInputs, tab: Any) -> None:
         "show_progress": "full",
     }  # fmt: skip
     gr.on([refresh.click, tab.select, *(component.input for component in inputs)], **told)
+    return methods
 
 
 def _planned(
-    names: tuple[str, ...], model: str | None, methods: str | None, memory: str | None, *values: Any
+    names: tuple[str, ...], model: str | None, methods: list[str], memory: str | None, *values: Any
 ) -> tuple[Any, ...]:
     from lorakin.plan.advice import advise
     from lorakin.plan.table import TITLES, cells_of
 
-    model, methods, memory = ((text or "").strip() for text in (model, methods, memory))
+    model, memory = ((text or "").strip() for text in (model, memory))
     if not model:
         raise SettingError("model is missing; name it at the head of the page")
     raw = recipe_form.raw_of(names, values)
     fields = recipe_form.fields_of(raw)
     advice = advise(
-        model, methods.split() or None, fields.pop("rank", None), None, labels=None,
+        model, methods or None, fields.pop("rank", None), None, labels=None,
         max_length=fields.pop("max_length", None), steps=1000, device=None,
         memory=memory or None, **(defaults(*OF_THE_CONDITIONS, *ALSO) | fields),
     )  # fmt: skip
-    words = ["--model", model, *(["--methods", methods] if methods else [])]
+    words = ["--model", model, *(["--methods", " ".join(methods)] if methods else [])]
     words += [*recipe_form.words_of(raw), *(["--memory", memory] if memory else [])]
     head = f"{advice.headline}. Memory: {advice.memory_line}."
     table = gr.Dataframe([*cells_of(advice)], headers=list(TITLES))

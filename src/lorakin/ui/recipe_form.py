@@ -23,7 +23,9 @@ from lorakin.training.recipe_words import (
     given_fields,
     option_name,
 )
+from lorakin.ui import warm
 
+METHOD = "method"
 NO_TEMPLATE = "none"
 """What the user types to write prompts without a chat template."""
 ONE_A_LINE = ("data",)
@@ -51,7 +53,41 @@ def input_of(name: str, **options: Any) -> Any:
         if default == "":
             choices.insert(0, (default_in_words(name), ""))
         return gr.Dropdown(choices, value=default, **said | options)
+    if name == METHOD:
+        said["info"] = "A method, or several in one: type such as dora,lora+."
+        return gr.Dropdown(
+            value=default_in_words(name),
+            allow_custom_value=True,
+            **said | {"choices": []} | options,
+        )
     return gr.Textbox(placeholder=default_in_words(name), **said | options)
+
+
+def methods_input(value: Sequence[str], place: str) -> Any:
+    """Returns the component in which several methods are chosen; their names come when it loads.
+
+    Args:
+        value: the methods that are chosen at first.
+        place: the component's id on the page.
+    """
+    info = "All of them, if none is chosen. Several in one may be typed, such as dora,lora+."
+    return gr.Dropdown(
+        [*value], value=[*value], multiselect=True, allow_custom_value=True, label="methods",
+        info=info, elem_id=place,
+    )  # fmt: skip
+
+
+def offer_methods(inputs: Sequence[Any], page: Any) -> None:
+    """Lets these components offer the members, once a page that loads knows them."""
+
+    def offered() -> list[Any]:
+        warm.wait()
+        from lorakin.family.registry import members  # which imports torch
+
+        words = [member.word for member in members()]
+        return [gr.Dropdown(words) for _ in inputs]
+
+    page.load(offered, outputs=[*inputs], show_progress="hidden")
 
 
 def out_input(value: str, folder: Path, place: str, what: str = "a new directory") -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakin.errors import LorakinError, SettingError
 from lorakin.storage import locks, paths
-from lorakin.training.metrics_file import Metrics
+from lorakin.training.followed_metrics import FollowedMetrics
 from lorakin.training.recipe_file import settings_in
 from lorakin.training.run_files import CHECKPOINTS, LOCK, LOG, METRICS, RECIPE
 
@@ -109,16 +109,12 @@ def metrics_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: its file holds something else.
     """
-    try:
-        status = (path / METRICS).stat()
-    except OSError:
-        return []
-    return _metrics_rows(path / METRICS, status.st_mtime_ns, status.st_size)
+    return _followed(path / METRICS).rows()
 
 
 @functools.lru_cache(maxsize=256)
-def _metrics_rows(path: Path, changed: int, size: int) -> list[dict[str, Any]]:
-    return Metrics(path, writes=False).rows()
+def _followed(path: Path) -> FollowedMetrics:
+    return FollowedMetrics(path)
 
 
 def adapters(folder: Path) -> list[tuple[str, str]]:

@@ -23,8 +23,8 @@ TITLES = ("run", "state", "method", "step", "loss", "held out", "notes")
 CHANGES = "The command and the recipe that the form stands for:"
 
 
-def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
-    """Builds the part.
+def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
+    """Builds the part; returns the component that chooses the method.
 
     Args:
         data: what the part Data says of the data.
@@ -62,6 +62,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> None:
         inputs,
         [chosen, problem],
     )
+    return fields[recipe_form.METHOD]
 
 
 def _build_runs(folder: Path, timer: Any) -> Any:
@@ -98,6 +99,7 @@ def _build_runs(folder: Path, timer: Any) -> Any:
     timer.tick(tick, **look, trigger_mode="once")
     for component in (chosen, beside):
         component.input(tick, **look)
+    chosen.change(lambda: "", outputs=[problem], show_progress="hidden")  # it was of another one
     pause.click(answered(_asking(folder, PAUSE), 0), [chosen], [problem])
     stop.click(answered(_asking(folder, STOP), 0), [chosen], [problem])
     resume.click(answered(lambda run: _resumed(folder, run), 0), [chosen], [problem])

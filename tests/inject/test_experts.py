@@ -124,11 +124,13 @@ def test_every_member_merges_and_comes_back(member: str, ids: Tensor, tmp_path: 
     torch.testing.assert_close(model(ids).logits, base, rtol=1e-5, atol=1e-5)
     near(adapter)
     want = model(ids).logits.detach()
+    # Logits of ±4 from weights of ±9 in float32; processors round differently.
+    close = {"rtol": 1e-4, "atol": 5e-5}
     adapter.merge()
-    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, want, **close)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(again(ids).logits, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again(ids).logits, want, **close)
     adapter.unmerge()
     assert torch.equal(model(ids).logits, want)
     adapter.remove()

@@ -10,7 +10,7 @@
 # make gpu        on a machine with a GPU: the tests of tests/gpu, then steps beside PEFT, memory, lorakin train; one table (8 minutes)
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/evidence/architectures.md (three minutes)
 # make templates  what is learned under every chat template that trl and transformers carry: docs/evidence/templates.md (a minute)
-# make ui         lorakin ui in a real browser with the packaged model, and its time to start (ten minutes; needs Chromium)
+# make ui         lorakin ui in a real browser with the packaged model, axe-core's look at it, and its time to start (fifteen minutes; needs Chromium and npm)
 # make soak       stress tests: 200 kills, 10,000 hostile files, 50,000 reads while others write, members × bases × parallelism (about 40 minutes)
 # make docs       the documentation as a site for reading offline: site/index.html (strict: a broken link or a missing name fails)
 # make lock       write constraints.txt again, from the versions in .venv and the hashes that PyPI lists
@@ -70,7 +70,7 @@ sweep: $(VENV)/.test
 templates: $(VENV)/.test
 	HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python -m training.template_table
 
-ui: $(VENV)/.test
+ui: $(VENV)/.test $(VENV)/.axe
 	mkdir -p soak
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LORAKIN_SOAK=$(CURDIR)/soak $(BIN)/python -m pytest tests/ui
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ui_start
@@ -123,6 +123,11 @@ $(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.js
 	@if command -v npm > /dev/null \
 		&& npm ci --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(VENV)/llama; \
 	then touch $@; else echo "npm is missing or could not install llama.cpp, so the tests that need it are skipped"; fi
+
+# axe-core: what it finds on the page for readers with disabilities is a failure of make ui
+$(VENV)/.axe: tests/ui/axe/package.json tests/ui/axe/package-lock.json | $(VENV)/bin/python
+	@mkdir -p $(VENV)/axe && cp tests/ui/axe/package*.json $(VENV)/axe
+	@npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/axe && touch $@
 
 lock: $(VENV)/.docs
 	$(BIN)/python tools/lock.py

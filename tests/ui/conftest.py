@@ -26,6 +26,9 @@ MARGIN = 180.0
 """Seconds to wait for what a busy machine may take long for."""
 
 
+PARTS = ("Data", "Plan", "Train", "Look", "Compare", "Ship")
+
+
 class Served:
     """A `lorakin ui` in a process of its own, over a folder."""
 

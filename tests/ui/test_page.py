@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import soak
 from lorakin.ui import runs
 from report.browser import Browser
-from ui.conftest import Page, Served, questions
+from ui.conftest import PARTS, Page, Served, questions
 
 pytestmark = pytest.mark.model
 WEIGHTS = "adapter_model.safetensors"
@@ -223,7 +223,7 @@ def test_each_part_fits_a_phone_and_names_its_fields(served: Served, browser: Br
         .filter(one => one.offsetParent && !one.labels?.length && !one.getAttribute('aria-label')
             && !one.getAttribute('aria-labelledby'))
         .map(one => one.outerHTML.slice(0, 200))"""
-    for name in ("Data", "Plan", "Train", "Look", "Compare", "Ship"):
+    for name in PARTS:
         page.part(name)
         for dark in (False, True):
             browser.dark(dark)

@@ -27,6 +27,8 @@ CSS = """
   overflow-wrap: anywhere; }
 .dark .problem { border-color: #f87171; }
 .gradio-container .altair, .gradio-container .vega-embed { width: 100%; }
+.dark button[role=tab].selected { color: var(--primary-400); }
+.cm-line span { color: inherit !important; }
 .framed { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
 """
 
@@ -36,9 +38,16 @@ def theme() -> Any:
     return gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(
-        # Its own grey has a contrast of 1.9 to white; 4.5 can be read.
+        # Its own greys and orange have a contrast of 1.9 and 2.8 to white; 4.5 can be read.
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
 
 

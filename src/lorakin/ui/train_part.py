@@ -44,7 +44,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
             gr.Markdown(CHANGES)
             line = command_box("train-command")
             recipe = gr.Code(
-                label="The recipe", language="yaml", interactive=False, lines=8, max_lines=16,
+                label="The recipe", language="yaml", interactive=False, lines=8, wrap_lines=True,
                 elem_id="train-recipe",
             )  # fmt: skip
             start = gr.Button("Start", variant="primary", elem_id="start")

@@ -90,6 +90,7 @@ def take(page: Page, folder: Path, data: Path) -> None:
     picture(browser, "data")
 
     page.part("Plan")
+    page.choose("plan-methods", "lora", "dora", "vera")
     page.type("plan-max_length", "64")
     page.expect("#plan-command", "--max-length 64")
     page.expect("#plan-table", "dora", "vera", "✔")
@@ -122,7 +123,7 @@ def take(page: Page, folder: Path, data: Path) -> None:
     picture(browser, "ship")
 
     page.part("Compare")
-    page.choose("compare-methods", "lora")
+    page.choose("compare-methods", "lora", "dora")
     for name, value in (
         ("budget", "steps=4"),
         ("seeds", "1"),

@@ -44,7 +44,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             out = recipe_form.out_input("comparison", folder, "compare-out", "a directory")
-            methods = recipe_form.methods_input(("lora", "dora"), "compare-methods")
+            methods = recipe_form.methods_input("compare-methods")
             own = {
                 name: gr.Textbox(
                     value,

@@ -71,8 +71,8 @@ def build(model: Any, data: Any, runs: Path) -> DataInputs:
         with gr.Column(scale=3, min_width=300):
             problem = place_for_problems()
             facts = gr.Dataframe(
-                headers=["of the data", "what training would make of it"], label="The data", wrap=True,
-                interactive=False, elem_id="facts", column_widths=["20%", "80%"],
+                headers=["of the data", "what training would make of it"], label="The data",
+                wrap=True, interactive=False, elem_id="facts", column_widths=["20%", "80%"],
             )  # fmt: skip
             lengths = gr.Plot(label="Lengths", show_label=False, elem_id="lengths")
             examples = [

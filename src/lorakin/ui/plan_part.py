@@ -31,7 +31,7 @@ def build(data: DataInputs, tab: Any) -> Any:
     """
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            methods = recipe_form.methods_input(("lora", "dora", "vera"), "plan-methods")
+            methods = recipe_form.methods_input("plan-methods")
             memory = gr.Textbox(
                 label="memory", placeholder="what is free here", elem_id="plan-memory",
                 info="Memory available, such as 24GB.",

@@ -63,17 +63,17 @@ def input_of(name: str, **options: Any) -> Any:
     return gr.Textbox(placeholder=default_in_words(name), **said | options)
 
 
-def methods_input(value: Sequence[str], place: str) -> Any:
+def methods_input(place: str) -> Any:
     """Returns the component in which several methods are chosen; their names come when it loads.
 
     Args:
-        value: the methods that are chosen at first.
         place: the component's id on the page.
     """
     info = "All of them, if none is chosen. Several in one may be typed, such as dora,lora+."
+    usual = [default_in_words(METHOD)]
     return gr.Dropdown(
-        [*value], value=[*value], multiselect=True, allow_custom_value=True, label="methods",
-        info=info, elem_id=place,
+        usual, value=usual, multiselect=True, allow_custom_value=True, label="methods", info=info,
+        elem_id=place,
     )  # fmt: skip
 
 

@@ -11,14 +11,23 @@ import numpy as np
 import pytest
 import sacrebleu
 from benchmarks.claims import again, archive, arms, bleu, evidence, page, study
-from benchmarks.claims.analysis import UNKNOWN, Difference, over_tasks
+from benchmarks.claims.analysis import UNKNOWN, Difference, Evidence, over_tasks
 from benchmarks.claims.design import design
-from benchmarks.claims.statements import MISSING, STATEMENTS
+from benchmarks.claims.statements import (
+    MISSING,
+    REFUTED,
+    SHOWN,
+    STATEMENTS,
+    correlations,
+    ranks_moved,
+)
 from benchmarks.claims.tasks import TASKS, Task, without_overlap
 from rich.console import Console
 
+from lorakin.compare.arms import REFERENCE, Arm
 from lorakin.compare.prior import BETTER, SAME, WORSE, prior
-from lorakin.compare.results import DONE
+from lorakin.compare.results import DONE, ResultRow, Trial
+from lorakin.compare.standings import Standing, standings_of
 
 
 def difference(mean: float, half: float, margin: float = 1.0) -> Difference:
@@ -170,13 +179,60 @@ def test_a_study_goes_on_elsewhere_from_the_committed_rows(
 
     archive.replace(task.name, evidence.archived(task, "", elsewhere, "2026-12-02"))
     both = archive.load(task.name)
-    assert both.how["days"] == ["2026-11-30", "2026-12-02"] and len(both.rows) == len(kept) + 2
+    assert len(both.rows) == len(kept) + 2
+    assert [(place["days"], place["trials"]) for place in both.how["places"]] == [
+        (["2026-11-30"], len(kept)),
+        (["2026-12-02"], 2),
+    ]
     with pytest.raises(SystemExit):  # the first directory lacks the third seed
         archive.replace(task.name, evidence.archived(task, "", out, "2026-12-03"))
     train, report = task.parts("")
     other = dataclasses.replace(task, parts=lambda data: (train[:300], report))
     with pytest.raises(SystemExit):
         study.restore(other, "", tmp_path / "other", quiet)
+
+
+def test_times_of_two_machines_are_those_of_the_first() -> None:
+    """The second machine is twice as fast, as LoRA shows; a third did not run LoRA."""
+
+    def row(arm: str, work: float) -> ResultRow:
+        return ResultRow(Trial(arm, "seed", 1e-3, 0), DONE, step_work=work)
+
+    rows = [row("lora", 2.0), row("dora", 3.0), row("lora", 1.0), row("dora", 1.5), row("dora", 7)]
+    places = [{"trials": 2}, {"trials": 2}, {"trials": 1}]
+    found = archive.on_the_first_machine(archive.Archive({"places": places}, rows), "lora")
+    assert [one.step_work for one in found] == [2.0, 3.0, 2.0, 3.0, 0.0]
+
+
+def test_ranks_and_directions_are_judged() -> None:
+    """AdaLoRA gave FFN layers more rank and upper layers less; only LoRA's changes go together."""
+    paths = [f"layer.{n}.{part}" for n in range(4) for part in ("attention.query", "ffn.dense")]
+    ranks = [8, 12, 6, 10, 4, 8, 2, 6]
+    moved = [(1, dict.fromkeys(paths, 8)), (9, dict(zip(paths, ranks, strict=True)))]
+
+    def standing(name: str, moves: list[tuple[float, float]], **more: Any) -> Standing:
+        rows = [
+            ResultRow(
+                Trial(name, "seed", 1e-3, seed), DONE, moves=[(1, {f"q{n}": move for n, move in enumerate(moves)})], **more
+            )
+            for seed in range(2)
+        ]  # fmt: skip
+        arm = Arm(name, name, REFERENCE, words=name, rank=8, scaling=1, lr=1e-3)
+        return dataclasses.replace(standings_of([arm], rows, "loss")[0], rows=rows)
+
+    together, apart = [(0.1, 0.1), (0.2, 0.2), (0.3, 0.3)], [(0.1, 0.3), (0.2, 0.2), (0.3, 0.1)]
+    standings = {
+        "lora": standing("lora", together),
+        "full": standing("full", apart),
+        "dora": standing("dora", together),
+        "adalora": standing("adalora", together, ranks=moved),
+    }
+    (found,) = [Evidence(TASKS[0], standings)]
+    assert ranks_moved([found])[1] == "on 1 of 2"
+    said, verdict = correlations("q", lambda full, plain, split: full < 0 < plain)([found])
+    assert verdict == SHOWN and "−1.00 / +1.00 / +1.00" in said
+    assert correlations("q", lambda full, plain, split: split < 0)([found])[1] == REFUTED
+    assert correlations("k", lambda *_: True)([found])[1] == MISSING
 
 
 def test_the_committed_rows_make_the_committed_page() -> None:

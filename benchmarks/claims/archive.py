@@ -8,8 +8,10 @@ each arm's best rate only, and the changes of weights for the arms that a claim 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import lzma
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ FOLDER = ROOT / "docs" / "evidence" / "claims"
 MOVES_OF = ("lora", "dora", "full")
 """Arms whose changes of magnitude and direction are kept."""
 WRITTEN = "written.jsonl.xz"
+RESTORED = "restored.json"
+"""The file of a task's directory that says where the trials ran that it began with."""
 HEAD = "study"
 """The key of the first line, which says how the task was run."""
 
@@ -32,7 +36,8 @@ class Archive:
     """The trials of a task, and how they were run.
 
     Attributes:
-        how: versions, the machine, the rows of each part, the steps, the measure.
+        how: versions, the rows of each part, the steps, the measure, and the places: for each
+            machine the days on which it ran trials, and how many.
         rows: the trials.
     """
 
@@ -56,7 +61,7 @@ def save(task: str, archive: Archive) -> Path:
 
 
 def replace(task: str, archive: Archive) -> Path:
-    """Writes the rows of a task in place of the committed ones, whose days are kept.
+    """Writes the rows of a task in place of the committed ones.
 
     Raises:
         SystemExit: some of the committed trials are not among the new ones.
@@ -68,8 +73,13 @@ def replace(task: str, archive: Archive) -> Path:
                 f"{task}: {len(lost)} committed trials are not in the study's directory, such as "
                 f"{min(lost)}; bring them there first (restore), or delete {path_of(task)}"
             )
-        days = sorted({*old.how["days"], *archive.how["days"]})
-        archive = dataclasses.replace(archive, how={**archive.how, "days": days})
+        places = [
+            {**place, "days": sorted({*place["days"], *before["days"]})}
+            for place, before in itertools.zip_longest(
+                archive.how["places"], old.how["places"], fillvalue={"days": ()}
+            )
+        ]
+        archive = dataclasses.replace(archive, how={**archive.how, "places": places})
     return save(task, archive)
 
 
@@ -78,6 +88,24 @@ def load(task: str) -> Archive:
     text = lzma.decompress(path_of(task).read_bytes()).decode()
     first, *lines = text.splitlines()
     return Archive(json.loads(first)[HEAD], [ResultRow.from_json(line) for line in lines])
+
+
+def on_the_first_machine(archive: Archive, plain: str) -> list[ResultRow]:
+    """Returns the rows with the times that they would have on the first machine.
+
+    Machines differ in speed by what a step of plain LoRA, the arm `plain`, takes on each. On a
+    machine that did not run it, times are not known, and are 0.
+    """
+    found: list[ResultRow] = []
+    first = None
+    for place in archive.how["places"]:
+        rows = archive.rows[len(found) :][: place["trials"]]
+        works = [row.step_work for row in rows if row.trial.arm == plain and row.step_work]
+        own = statistics.median(works) if works else None
+        first = first or own
+        scale = first / own if own and first else 0.0
+        found += [dataclasses.replace(row, step_work=row.step_work * scale) for row in rows]
+    return found
 
 
 def save_written(task: str, rows: Sequence[WrittenRow]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,10 @@ def archived(task: Task, data: str, out: Path, day: str) -> archive.Archive:
     """
     with locked(comparison_of(task, data, out)):
         run = prepared(task, data, out, Console(quiet=True))
+    restored = out / task.name / archive.RESTORED
+    before = json.loads(restored.read_text(encoding="utf-8")) if restored.is_file() else []
+    here = len(run.results.rows) - sum(place["trials"] for place in before)
+    places = [*before, *([{"days": [day], "trials": here}] if here else [])]
     done = {row.trial.arm for row in run.results.rows}
     arms = [arm for arm in run.arms if arm.name in done]
     how = {
@@ -46,7 +51,7 @@ def archived(task: Task, data: str, out: Path, day: str) -> archive.Archive:
         "seeds": run.comparison.seeds,
         **{part: getattr(run.parts, part) for part in ("train", "tune", "report")},
         "dtype": run.dtype,
-        "days": [day],
+        "places": places,
         "machine": f"{platform.machine()}, one thread a trial",
         "versions": {m.__name__: m.__version__ for m in (lorakin, torch, transformers)},
         "arms": [{name: getattr(arm, name) for name in ARM_FIELDS} for arm in arms],
@@ -58,9 +63,10 @@ def evidence_of(task: Task, kept: archive.Archive) -> Evidence:
     """Returns where the arms of a task stand, from its archive."""
     arms = [Arm(**fields) for fields in kept.how["arms"]]
     arms.sort(key=lambda arm: KINDS.index(arm.kind))
-    found = standings_of(arms, kept.rows, task.chosen_by)
+    rows = archive.on_the_first_machine(kept, arms[0].name)
+    found = standings_of(arms, rows, task.chosen_by)
     # Rates are chosen by one figure, and the arms judged by another.
-    judged = standings_of(arms, _at(found, kept.rows), task.measure)
+    judged = standings_of(arms, _at(found, rows), task.measure)
     # An arm whose seeds have not run, or whose sweep goes on, is not judged yet.
     by_name = {s.arm.name: s for s in judged if s.arm.lr is None or len(s.done) >= LEAST_SEEDS}
     for s in found:

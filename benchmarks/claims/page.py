@@ -112,11 +112,12 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterat
 
 def said_of(how: dict[str, Any], seeds: int) -> str:
     """Says how a task was run."""
-    days = how["days"]
+    days = sorted(day for place in how["places"] for day in place["days"])
+    machines = f", {count} machines" if (count := len(how["places"])) > 1 else ""
     return (
         f"{how['model']}, {how['steps']} steps of {how['batch']} rows, {seeds} seeds; "
         f"{how['train']:,} rows to train on, {how['tune']:,} to choose rates by, {how['report']:,} "
-        f"to report on. {how['machine']}; {' to '.join(sorted({days[0], days[-1]}))}."
+        f"to report on. {how['machine']}{machines}; {' to '.join(sorted({days[0], days[-1]}))}."
     )
 
 

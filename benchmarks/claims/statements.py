@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
 
 from benchmarks.claims.analysis import Difference, Evidence, over_tasks
 from lorakin.compare.prior import BETTER, SAME, WORSE
@@ -220,28 +223,38 @@ def reached(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
     return None
 
 
-def correlations(part: str) -> Callable[[Sequence[Evidence]], Found]:
-    """Judges that LoRA's changes of magnitude and direction go together, the others' do not."""
+def correlations(
+    part: str, holds: Callable[[float, float, float], bool]
+) -> Callable[[Sequence[Evidence]], Found]:
+    """Judges how the changes of magnitude and direction go together in full training, LoRA, DoRA.
+
+    Args:
+        part: what the paths of the weights have in them.
+        holds: whether the claim holds for their three correlations, each the mean over seeds.
+    """
 
     def measured(evidence: Sequence[Evidence]) -> Found:
         parts, judged = [], []
         for e in evidence:
             found = [magnitude_direction(e, name, part) for name in ("full", "lora", "dora")]
-            if all(r is not None for r in found):
-                full, plain, split = (r for r in found if r is not None)
-                parts.append(f"{e.task.title} {full:+.2f} / {plain:+.2f} / {split:+.2f}")
-                judged.append(full < plain and split < plain)
-        return "; ".join(parts).replace("-", "−"), _of_tasks(judged)
+            if all(found):
+                said = " / ".join(_signed(statistics.fmean(runs)) for runs in found)
+                ends = ", ".join(f"{_signed(min(r))} to {_signed(max(r))}" for r in found)
+                parts.append(f"{e.task.title} {said} (seeds {ends})")
+                judged.append(holds(*map(statistics.fmean, found)))
+        return "; ".join(parts), _of_tasks(judged)
 
     return measured
 
 
-def magnitude_direction(e: Evidence, name: str, part: str) -> float | None:
-    """Returns the mean over seeds of the correlation of ΔM and ΔD over a run."""
-    if name not in e.standings:
-        return None
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def magnitude_direction(e: Evidence, name: str, part: str) -> list[float]:
+    """Returns for each seed the correlation of ΔM and ΔD over a run, of all weights of a part."""
     found = []
-    for row in e.standings[name].done:
+    for row in e.standings[name].done if name in e.standings else ():
         points = [
             Point(name, "", path, step, *move)
             for step, moves in row.moves
@@ -250,25 +263,41 @@ def magnitude_direction(e: Evidence, name: str, part: str) -> float | None:
         ]
         if points:
             found.append(correlation(points).r)
-    return statistics.fmean(found) if found else None
+    return found
+
+
+ATTENTION = ("query", "key", "value", "attention", "q_proj", "k_proj", "v_proj", "o_proj")
+"""What the paths of attention's layers have in them; FFN layers have none of it."""
 
 
 def ranks_moved(evidence: Sequence[Evidence]) -> Found:
-    """Says where AdaLoRA's ranks go, and whether seeds agree."""
+    """Says where AdaLoRA's ranks go, and how well seeds agree."""
     parts, judged = [], []
     for e in evidence:
-        if "adalora" not in e.standings:
+        runs = e.standings["adalora"].done if "adalora" in e.standings else []
+        last = [dict(row.ranks[-1][1]) for row in runs if row.ranks]
+        if not last:
             continue
-        kinds: dict[str, list[int]] = {}
-        for row in e.standings["adalora"].done:
-            for path, rank in row.ranks[-1][1].items() if row.ranks else ():
-                kind = path.removesuffix(".dense").rpartition(".")[2]
-                kinds.setdefault(kind, []).append(rank)
-        if kinds:
-            means = sorted(((statistics.fmean(r), kind) for kind, r in kinds.items()), reverse=True)
-            (high, most), (low, least) = means[0], means[-1]
-            parts.append(f"{e.task.title} {most} {high:.1f}, …, {least} {low:.1f}")
-            judged.append(high > 1.5 * low)
+        numbers = {path: re.search(r"layers?\.(\d+)\.", path) for path in last[0]}
+        layers = {path: int(found[1]) for path, found in numbers.items() if found}
+        top = max(layers.values()) / 2
+
+        def mean(chosen: Iterable[str], last: list[dict[str, int]] = last) -> float:
+            return statistics.fmean(ranks[path] for path in chosen for ranks in last)
+
+        attention = [path for path in layers if any(word in path for word in ATTENTION)]
+        wide = mean(layers.keys() - {*attention}), mean(attention)
+        high = (
+            mean(p for p, n in layers.items() if n > top),
+            mean(p for p, n in layers.items() if n <= top),
+        )
+        table = np.corrcoef([[ranks[path] for path in sorted(ranks)] for ranks in last])
+        agree = table[np.triu_indices(len(last), 1)].mean() if len(last) > 1 else math.nan
+        parts.append(
+            f"{e.task.title} FFN {wide[0]:.1f}, attention {wide[1]:.1f}; upper half of the layers "
+            f"{high[0]:.1f}, lower half {high[1]:.1f}; seeds agree at r = {agree:.2f}"
+        )
+        judged += [wide[0] > wide[1], high[0] > high[1]]
     return "; ".join(parts), _of_tasks(judged)
 
 
@@ -287,10 +316,11 @@ STATEMENTS: Sequence[Statement] = (
     Statement("lora-drop", "LoRA-drop takes less time", "much less (third parties)", share_of("lora-drop", "time", SAVES)),
     Statement("lora-drop", "The modules it chooses are better than random ones", "better", better("lora-drop", "lora-drop-random-1")),
     Statement("adalora", "AdaLoRA is better than LoRA at one final budget", "better", better("adalora")),
-    Statement("adalora", "AdaLoRA moves ranks to where they matter", "yes", ranks_moved),
+    Statement("adalora", "AdaLoRA gives more rank to FFN layers, and to upper layers", "both (figure 3)", ranks_moved),
     Statement("dora", "DoRA is better than LoRA", "LLaMA-7B: 78.4 and 74.7 (76.3 in the authors' later list)", better("dora")),
     Statement("dora", "DoRA at half of LoRA's rank is better than LoRA", "LLaMA-7B: 77.5 and 74.7", better("dora-half-rank")),
-    Statement("dora", "ΔM and ΔD of query weights: full / LoRA / DoRA", "−0.62 / +0.83 / −0.31", correlations("q")),
+    Statement("dora", "LoRA's ΔM and ΔD of query weights go together, and not those of full training (full / LoRA / DoRA)", "−0.62 / +0.83 / −0.31", correlations("q", lambda full, plain, split: full < 0 < plain)),
+    Statement("dora", "DoRA's are more like those of full training than LoRA's are", "−0.62 / +0.83 / −0.31", correlations("q", lambda full, plain, split: abs(split - full) < abs(plain - full))),
     Statement("delta-lora", "Delta-LoRA is better than LoRA", "better", better("delta-lora")),
     Statement("delta-lora", "Delta-LoRA is LoRA with alpha × 3 (theory, Adam, K = 0)", "none", equal("delta-lora", "lora-alpha-x3")),
     Statement("pissa", "PiSSA is better than LoRA", "better", better("pissa")),

@@ -76,6 +76,8 @@ def restore(task: Task, data: str, out: Path, console: Console) -> None:
                     f"{task.title}: {data} gives {here:,} rows to {part}, and the committed "
                     f"trials had {there:,}: it is other data"
                 )
+        places = json.dumps(kept.how["places"])
+        (out / task.name / archive.RESTORED).write_text(places, encoding="utf-8")
         for row in kept.rows:
             run.results.add(row)
 

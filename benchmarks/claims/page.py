@@ -12,9 +12,11 @@ from typing import Any
 
 from benchmarks.claims import archive, pictures
 from benchmarks.claims.analysis import Difference, Evidence, corrected
-from benchmarks.claims.arms import METHODS
+from benchmarks.claims.arms import METHODS, PILOT
 from benchmarks.claims.bleu import WrittenRow, bleu_of, difference
+from benchmarks.claims.design import design
 from benchmarks.claims.statements import STATEMENTS, unit_of, written
+from benchmarks.claims.study import PILOT_SEEDS, SEEDS
 from lorakin.compare.figures import with_interval
 from lorakin.compare.prior import BETTER, SAME, WORSE, Prior
 from lorakin.compare.standings import Standing
@@ -95,6 +97,8 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterat
     for one in STATEMENTS:
         shown, verdict = one.measured(evidence)
         yield f"| {one.member} | {one.claim} | {one.paper} | {shown or '–'} | {verdict} |"
+    yield ""
+    yield from reached_table(evidence)
     for name, picture in pictures_of(evidence).items():
         yield ""
         yield f"![{picture.says}](claims/{name})"
@@ -108,6 +112,36 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterat
         if e.written:
             yield ""
             yield from bleu_table(e)
+
+
+def reached_table(evidence: Sequence[Evidence]) -> Iterator[str]:
+    """Yields how wide the intervals are beside what the pilot let expect."""
+    yield "How wide the 95 % intervals of a difference from LoRA are, as ±; the pilot's is for five seeds:"
+    yield ""
+    yield "| task | aimed at | dora, by the pilot | dora, reached | all methods, reached | seeds |"
+    yield "|---|---|---|---|---|---|"
+    for e in evidence:
+        planned = design(pilot_of(e), SEEDS)
+        found = {name: e.difference(name) for name in METHODS if name != "lora"}
+        halves = {name: d.half for name, d in found.items() if d is not None}
+        cells = [
+            f"{e.task.target / e.unit:.2g} {unit_of(e)}",
+            f"{planned.half:.2g}" if planned else "–",
+            f"{halves['dora']:.2g}" if "dora" in halves else "–",
+            f"{min(halves.values()):.2g} to {max(halves.values()):.2g}" if halves else "–",
+            str(len(e.standings["lora"].done)),
+        ]
+        yield f"| {e.task.title} | {' | '.join(cells)} |"
+
+
+def pilot_of(e: Evidence) -> Evidence:
+    """Returns the task with the pilot's runs alone: those of the first three seeds."""
+    first = {
+        name: dataclasses.replace(s, rows=[row for row in s.rows if row.trial.seed < PILOT_SEEDS])
+        for name, s in e.standings.items()
+        if name in PILOT
+    }
+    return dataclasses.replace(e, standings=first)
 
 
 def said_of(how: dict[str, Any], seeds: int) -> str:

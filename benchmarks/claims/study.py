@@ -22,6 +22,7 @@ from lorakin.compare.progress import Board
 from lorakin.compare.results import DONE
 
 SEEDS = 5
+PILOT_SEEDS = 3
 EVALUATIONS = 8
 """How often a trial evaluates on the tuning rows."""
 

@@ -95,14 +95,16 @@ def doubled_batch(
     conditions: Conditions, method: Method, plan: Plan, room: int, quantize: str | None
 ) -> tuple[int, Plan]:
     """Doubles the batch as often as it fits into `room` bytes; returns it and its plan."""
+
+    @functools.cache
+    def plan_of(rows: int) -> Plan:
+        changed = dataclasses.replace(conditions, batch_size=rows, padded=True)
+        return plan_method(changed, method, 1.0, quantize)
+
     rows = conditions.batch_size
-    while 2 * rows <= LARGEST_BATCH:
-        changed = dataclasses.replace(conditions, batch_size=2 * rows, padded=True)
-        larger = plan_method(changed, method, 1.0, quantize)
-        if larger.peak > room:
-            break
-        rows, plan = 2 * rows, larger
-    return rows, plan
+    batches = [rows << times for times in range(1, (LARGEST_BATCH // rows).bit_length())]
+    fitting = bisect.bisect_right(batches, room, key=lambda rows: plan_of(rows).peak)
+    return (batches[fitting - 1], plan_of(batches[fitting - 1])) if fitting else (rows, plan)
 
 
 def highest_rank(

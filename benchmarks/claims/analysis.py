@@ -81,11 +81,13 @@ class Evidence:
         task: the task.
         standings: arm → where it stands.
         written: what adapters wrote to the prompts of the reported rows, where that was looked at.
+        sweeps: arm → learning rate → the figure on the tuning rows that rates are chosen by.
     """
 
     task: Task
     standings: Mapping[str, Standing]
     written: Sequence[WrittenRow] = ()
+    sweeps: Mapping[str, Mapping[float, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def unit(self) -> float:

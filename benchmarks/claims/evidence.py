@@ -20,6 +20,7 @@ from benchmarks.claims.study import comparison_of, prepared
 from benchmarks.claims.tasks import TASKS, Task
 from lorakin.compare.arms import CONTROL, LIMIT, MEMBER, REFERENCE, Arm
 from lorakin.compare.directory import locked
+from lorakin.compare.next_trials import sweep_figures
 from lorakin.compare.standings import standings_of
 
 ARM_FIELDS = ("name", "title", "kind", "words", "rank", "scaling", "lr", "explains")
@@ -74,7 +75,9 @@ def evidence_of(task: Task, kept: archive.Archive) -> Evidence:
             by_name[s.arm.name] = dataclasses.replace(
                 by_name[s.arm.name], lr=s.lr, at_edge=s.at_edge
             )
-    return Evidence(task, by_name, archive.load_written(task.name))
+    names = [name for name, s in by_name.items() if s.lr is not None]
+    sweeps = {name: sweep_figures(name, rows, task.chosen_by) for name in names}
+    return Evidence(task, by_name, archive.load_written(task.name), sweeps)
 
 
 def _at(found: Sequence[Any], rows: Sequence[Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from benchmarks.claims.bleu import WrittenRow, bleu_of, difference
 from benchmarks.claims.design import design
 from benchmarks.claims.statements import STATEMENTS, unit_of, written
 from benchmarks.claims.study import PILOT_SEEDS, SEEDS
-from lorakin.compare.figures import with_interval
+from lorakin.compare.figures import level, with_interval
 from lorakin.compare.prior import BETTER, SAME, WORSE, Prior
 from lorakin.compare.standings import Standing
 
@@ -109,6 +109,8 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterat
         yield f"{said_of(how, len(e.standings['lora'].done))} {flattened(e)}"
         yield ""
         yield from arms_table(e)
+        yield ""
+        yield from rates_table(e)
         if e.written:
             yield ""
             yield from bleu_table(e)
@@ -182,6 +184,20 @@ def arms_table(e: Evidence) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, s in e.standings.items():
         yield f"| {' | '.join(_cells(e, name, s, unit, p.get(name)))} |"
+
+
+def rates_table(e: Evidence) -> Iterator[str]:
+    """Yields what each arm's learning rates gave on the tuning rows."""
+    measure = e.task.chosen_by
+    yield f"The {measure} on the tuning rows by learning rate, first seed; the best is chosen:"
+    yield ""
+    yield "| arm | rates |"
+    yield "|---|---|"
+    for name, figures in e.sweeps.items():
+        s = e.standings[name]
+        said = [f"{lr:g}: {level(figure, measure)}" for lr, figure in sorted(figures.items())]
+        said = [f"**{one}**" if one.startswith(f"{s.lr:g}:") else one for one in said]
+        yield f"| {s.arm.title} | {', '.join(said)} |"
 
 
 def bleu_table(e: Evidence) -> Iterator[str]:

@@ -28,6 +28,8 @@ from lorakin.compare.arms import REFERENCE, Arm
 from lorakin.compare.prior import BETTER, SAME, WORSE, prior
 from lorakin.compare.results import DONE, ResultRow, Trial
 from lorakin.compare.standings import Standing, standings_of
+from lorakin.family import method_named
+from lorakin.plan.meta_model import meta_model_of, trainable_parameters
 
 
 def difference(mean: float, half: float, margin: float = 1.0) -> Difference:
@@ -251,6 +253,23 @@ def test_the_committed_rows_make_the_committed_page() -> None:
 
 def test_a_claim_without_runs_is_not_judged() -> None:
     assert {one.measured([])[1] for one in STATEMENTS} == {MISSING}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("model", "few", "vera"), [("minilm", 30_720, 30_592), ("smollm2", 207_360, 209_280)]
+)
+def test_lora_as_small_as_vera(model: str, few: int, vera: int) -> None:
+    """LoRA of rank 1 on some modules trains as many parameters as VeRA of rank 256 on all."""
+    labels = ["0", "1"] if model == "minilm" else None
+    found = meta_model_of(model, "float32", labels)
+    counts = [
+        trainable_parameters(
+            found, method_named("lora", {"rank": 1}), targets=arms.FEW_TARGETS[model]
+        ),
+        trainable_parameters(found, method_named("vera", {"rank": 256}), targets="all-linear"),
+    ]
+    assert counts == [few, vera]
 
 
 def test_every_member_has_a_claim() -> None:

@@ -17,7 +17,7 @@ HALF, TWICE, FEW, HALF_DORA = "lora-half-rank", "lora-twice-rank", "lora-few", "
 RANDOM = "lora-drop-random"
 DRAWS_OF_MODULES = 2
 FEW_TARGETS = {
-    "minilm": ["query", "key", "value", "attention.output.dense", "[0-9]+.output.dense", "pooler.dense"],
+    "minilm": ["query", "key", "value", "attention.output.dense", r".*\.\d+\.output\.dense", "pooler.dense"],
     "smollm2": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
 }  # fmt: skip
 """Modules on which LoRA of rank 1 trains as many parameters as VeRA of rank 256 on all: 30,720 and

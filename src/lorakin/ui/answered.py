@@ -89,6 +89,23 @@ def place_for_problems() -> Any:
     return gr.HTML("", padding=False)
 
 
+def follow(log: Any) -> None:
+    """Keeps the end of a log in sight, unless the user has scrolled to another place."""
+    place = f"#{log.elem_id} textarea"
+    log.change(
+        None,
+        js=f"""() => {{
+            const box = document.querySelector("{place}");
+            const isRead = box && box.scrollTop && box.dataset.end - box.scrollTop > 80;
+            setTimeout(() => {{
+                if (!box || isRead) return;
+                box.scrollTop = box.scrollHeight;
+                box.dataset.end = box.scrollTop;
+            }});
+        }}""",
+    )
+
+
 def command_box(place: str, label: str = "The command") -> Any:
     """Returns the component that shows a command to copy; its id on the page is `place`."""
     return gr.Code(

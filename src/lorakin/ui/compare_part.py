@@ -15,7 +15,7 @@ from lorakin.errors import OutputError, SettingError, StateError
 from lorakin.terminal import Terminal, command
 from lorakin.training.run_files import LOG
 from lorakin.ui import jobs, recipe_form, runs
-from lorakin.ui.answered import answered, command_box, note, place_for_problems, when_new
+from lorakin.ui.answered import answered, command_box, follow, note, place_for_problems, when_new
 from lorakin.ui.data_part import FIELDS, DataInputs
 from lorakin.ui.look_part import framed
 from lorakin.ui.warm import is_done
@@ -49,7 +49,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
                 name: gr.Textbox(
                     value,
                     label=name.replace("-", " "),
-                    placeholder=default,
+                    placeholder=default or value,
                     info=info,
                     elem_id=f"compare-{name}",
                 )
@@ -79,8 +79,9 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
 
     gr.on(
         [tab.select, *(component.change for component in inputs)],
-        answered(lambda *values: (command("lorakin", *words(*values)),), 1), inputs,
-        [line, problem], show_progress="hidden", trigger_mode="always_last",
+        # What it costs was said of other options.
+        answered(lambda *values: (command("lorakin", *words(*values)), ""), 2), inputs,
+        [line, costs, problem], show_progress="hidden", trigger_mode="always_last",
     )  # fmt: skip
     cost.click(answered(lambda *values: (_cost(names, *values),), 1), inputs, [costs, problem])
     chosen = _build_trials(folder, timer)
@@ -105,6 +106,7 @@ def _build_trials(folder: Path, timer: Any) -> Any:
     log = gr.Textbox(
         label="What it prints", lines=8, max_lines=16, interactive=False, elem_id="compare-log"
     )
+    follow(log)
     report = gr.HTML("", elem_id="compare-report")
     seen = gr.State("")
     looked = [chosen, state, table, log]
@@ -231,12 +233,12 @@ def _started(words: list[str]) -> tuple[Any]:
 
 
 def _paused(folder: Path, name: str | None) -> tuple[Any, ...]:
-    jobs.interrupt(runs.place(folder, name or ""))
+    jobs.interrupt(runs.chosen(folder, name))
     return ()
 
 
 def _report(folder: Path, name: str | None) -> str:
-    path = runs.place(folder, name or "") / REPORT
+    path = runs.chosen(folder, name) / REPORT
     try:
         return framed(path.read_text(encoding="utf-8"), f"The report of {name}")
     except OSError:

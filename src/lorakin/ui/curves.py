@@ -50,7 +50,8 @@ def _chart(
     ]
     whole = alt.Axis(format="d", tickMinStep=1)
     below = alt.Legend(orient="bottom", title=None)
-    dashes = alt.StrokeDash("of:N", legend=below if len(metrics) > 1 else None, sort=None)
+    lines = alt.Legend(orient="bottom", title=None, symbolType="stroke", symbolSize=400)
+    dashes = alt.StrokeDash("of:N", legend=lines if len(metrics) > 1 else None, sort=None)
     chart = alt.Chart(alt.InlineData(values=points)).mark_line(point={"size": 16})
     return chart.encode(
         x=alt.X("step:Q", axis=whole),
@@ -70,6 +71,8 @@ def shape(description: str) -> dict[str, Any]:
     options = {"embedOptions": {"actions": False}}
     return {
         "width": "container", "height": HEIGHT, "usermeta": options, "description": description,
+        "background": "transparent", "autosize": {"type": "fit-x", "contains": "padding"},
+        "padding": {"left": 5, "right": 15, "top": 5, "bottom": 5},
     }  # fmt: skip
 
 

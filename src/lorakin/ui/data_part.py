@@ -88,21 +88,35 @@ def build(model: Any, data: Any, runs: Path) -> DataInputs:
     inputs = DataInputs(model, data, list(fields.values()))
     outputs = [facts, lengths, *examples]
     show = answered(lambda *values: _shown(*_fields(inputs, values)), len(outputs))
+    seen = gr.State("")
+
+    def when_other(*values: Any) -> tuple[Any, ...]:
+        """Shows what the form says now, unless that is shown, or is not complete yet."""
+        *form, before = values
+        if repr(form) == before or not all(form[: len(TOP)]):
+            return tuple(gr.skip() for _ in range(len(outputs) + 2))
+        return (*show(*form), repr(form))
+
     told: dict[str, Any] = {
-        "fn": show, "inputs": inputs.components, "outputs": [*outputs, problem],
-        "trigger_mode": "always_last", "show_progress": "full",
+        "outputs": [*outputs, problem, seen], "trigger_mode": "always_last",
+        "show_progress": "full",
     }  # fmt: skip
     edits = [
-        component.submit if isinstance(component, gr.Textbox) else component.input
-        for component in (model, data, *fields.values())
+        event
+        for one in (model, data, *fields.values())
+        for event in ([one.submit, one.blur] if isinstance(one, gr.Textbox) else [one.input])
     ]
     # One listener, so that of several edits only the last is answered.
-    gr.on([look.click, *edits], **told)
+    gr.on(edits, when_other, inputs=[*inputs.components, seen], **told)
+    again: dict[str, Any] = {
+        "fn": lambda *form: (*show(*form), repr([*form])), "inputs": inputs.components, **told
+    }  # fmt: skip
+    look.click(**again)
     file.upload(
         answered(lambda path: (_kept(path, runs),), 1, keeps=True),
         [file],
         [data, problem],
-    ).success(**told)
+    ).success(**again)
     return inputs
 
 

@@ -14,8 +14,8 @@ from lorakin.training.recipe_file import read_recipe
 from lorakin.training.run_files import CHECKPOINTS, RECIPE
 from lorakin.ui.answered import answered, answered_in_pieces, place_for_problems
 
-ROWS = 4
-"""Held-out rows that are answered, if the user does not say how many."""
+ROWS, MOST_ROWS = 4, 64
+"""Held-out rows that are answered if the user does not say how many, and the most."""
 
 
 def build(model: Any, runs: Path) -> Any:
@@ -28,11 +28,11 @@ def build(model: Any, runs: Path) -> Any:
     with gr.Row():
         adapter = adapter_input("look-adapter")
         tokens = gr.Number(
-            64, label="max new tokens", precision=0, minimum=1, elem_id="look-tokens",
+            64, label="max new tokens", precision=0, elem_id="look-tokens",
             info="The most tokens of an answer.",
         )  # fmt: skip
         temperature = gr.Number(
-            0, label="temperature", minimum=0, info="0 takes the likeliest token each time."
+            0, label="temperature", info="0 takes the likeliest token each time."
         )
     problem = place_for_problems()
     prompt = gr.Textbox(label="prompt", lines=2, elem_id="prompt")
@@ -53,7 +53,7 @@ def build(model: Any, runs: Path) -> Any:
     stop.click(None, cancels=[asking])
 
     gr.Markdown("## Held-out rows")
-    count = gr.Number(ROWS, label="rows", precision=0, minimum=1, maximum=64, elem_id="row-count")
+    count = gr.Number(ROWS, label="rows", precision=0, elem_id="row-count")
     read = gr.Button("Answer held-out rows", elem_id="held-out")
     table = gr.Dataframe(
         headers=["asked", "right", "the base", "the adapter"], label="Both answers",
@@ -127,9 +127,11 @@ def _rows(model: str, adapter: str | None, tokens: float, count: float) -> list[
     from lorakin.training.sampling import Sampling
     from lorakin.ui import answering
 
-    name = _checked(adapter)
+    name, count = _checked(adapter), int(count or 0)
+    if not 1 <= count <= MOST_ROWS:
+        raise SettingError(f"rows must lie between 1 and {MOST_ROWS}, not {count}")
     recipe = read_recipe(_recipe_of(name), {"out": "unused"})
-    records = held_out_rows(recipe, read_data(recipe))[1].records[: int(count or ROWS)]
+    records = held_out_rows(recipe, read_data(recipe))[1].records[:count]
     wrong = [one for one in records if not isinstance(one.content, Conversation | PlainText)]
     if wrong:
         raise DataError(

@@ -29,6 +29,7 @@ CSS = """
 .gradio-container .altair, .gradio-container .vega-embed { width: 100%; }
 .dark button[role=tab].selected { color: var(--primary-400); }
 .cm-line span { color: inherit !important; }
+.dark .vega-embed canvas, .dark .vega-embed svg { filter: invert(1) hue-rotate(180deg); }
 .framed { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
 """
 

@@ -58,7 +58,7 @@ def build(data: DataInputs, tab: Any) -> Any:
         "inputs": inputs, "outputs": [*outputs, problem], "trigger_mode": "always_last",
         "show_progress": "full",
     }  # fmt: skip
-    gr.on([refresh.click, tab.select, *(component.input for component in inputs)], **told)
+    gr.on([refresh.click, tab.select, *(component.change for component in inputs)], **told)
     return methods
 
 

@@ -8,7 +8,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from lorakin.errors import LorakinError, SettingError
+from lorakin.errors import LorakinError, SettingError, StateError
 from lorakin.storage import locks, paths
 from lorakin.training.followed_metrics import FollowedMetrics
 from lorakin.training.recipe_file import settings_in
@@ -74,6 +74,17 @@ def place(folder: Path, name: str) -> Path:
             "such as adapter, without slashes and without a dot at its beginning"
         )
     return folder / paths.user_path(name, "--out")
+
+
+def chosen(folder: Path, name: str | None) -> Path:
+    """Returns the directory of the run that is chosen.
+
+    Raises:
+        StateError: none is.
+    """
+    if not name:
+        raise StateError("no run is chosen; choose one, or start one first")
+    return place(folder, name)
 
 
 def listed(folder: Path) -> list[ListedRun]:

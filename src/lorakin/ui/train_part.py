@@ -14,7 +14,7 @@ from lorakin.training.recipe_option import DATA, PANELS
 from lorakin.training.requests import PAUSE, STOP, Request, ask
 from lorakin.training.run_files import LOG
 from lorakin.ui import curves, data_part, jobs, recipe_form, runs
-from lorakin.ui.answered import answered, command_box, place_for_problems
+from lorakin.ui.answered import answered, command_box, follow, place_for_problems
 from lorakin.ui.data_part import DataInputs
 
 OPEN = ("method", "rank", "lr", "steps", "epochs", "batch_size")
@@ -89,6 +89,7 @@ def _build_runs(folder: Path, timer: Any) -> Any:
                 gr.Plot(label=title, show_label=False, elem_id=f"curve-{number}")
                 for number, title in enumerate(curves.CURVES)
             ]
+    follow(log)
     seen = gr.State("")
     outputs = [table, chosen, beside, log, *plots, seen]
     look = {"inputs": [chosen, beside, seen], "outputs": outputs, "show_progress": "hidden"}
@@ -167,7 +168,7 @@ def _started(folder: Path, names: Sequence[str], name: str, *values: Any) -> tup
 
 def _asking(folder: Path, request: Request) -> Callable[[str | None], tuple[Any, ...]]:
     def handler(run: str | None) -> tuple[Any, ...]:
-        ask(runs.place(folder, run or ""), request)
+        ask(runs.chosen(folder, run), request)
         return ()
 
     return handler
@@ -176,7 +177,7 @@ def _asking(folder: Path, request: Request) -> Callable[[str | None], tuple[Any,
 def _resumed(folder: Path, run: str | None) -> tuple[Any, ...]:
     from lorakin.training.run_directory import lock_run_directory, resumed_recipe
 
-    out = runs.place(folder, run or "")
+    out = runs.chosen(folder, run)
     recipe = resumed_recipe(None, {"out": str(out)})
     lock_run_directory(recipe, out, resume=True).release()
     jobs.start(["train", "--resume", "--out", str(out)], out / LOG)

@@ -48,9 +48,9 @@ def test_from_an_empty_directory_to_a_merged_model(
     page.type("field-max_length", "64")
 
     page.part("Plan")
-    page.choose("plan-methods", "lora", "dora,lora+")
     page.type("plan-max_length", "64")
     page.type("plan-batch_size", "2")
+    page.choose("plan-methods", "lora", "dora,lora+")
     page.expect("#plan-table", "lora+,dora", "✔")
 
     page.part("Train")
@@ -151,6 +151,9 @@ def test_a_comparison(served: Served, browser: Browser, model: str, rows: Path) 
     page.press("cost")
     page.wait(lambda: "about 3 trials, 4 steps each" in page.value("#costs textarea"))
     assert not (served.folder / "comparison").exists()
+    page.type("compare-budget", "steps=5")
+    page.wait(lambda: not page.value("#costs textarea"), "what other options cost")
+    page.type("compare-budget", "steps=4")
     page.expect("#compare-command", "--max-length 64", "--lr-sweep 1e-3")
     page.press("compare")
     page.expect("#trials", "lora-lr0.001-seed0", "done")
@@ -171,13 +174,29 @@ def test_what_is_wrong_is_a_sentence(
     page.press("preview")
     page.problem("nowhere.jsonl")
     assert "40 rows" not in page.text("#facts"), "it was of other data"
+    page.wait(lambda: not page.there("#lengths .vega-embed"), "the chart of other data")
+    page.wait(lambda: "what did the" not in page.text("#example-0"), "an example of other data")
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"prompt": "a"}\n{"prompt"\n')
     page.type("field-data", str(wrong))
     page.press("preview")
     page.problem("wrong.jsonl': line 2 cannot be read as JSON")
 
+    page.type("field-data", str(rows))
+    page.type("field-max_length", "1")  # is answered when one leaves the field
+    page.problem("--max-length 1")
+    page.type("field-max_length", "64")
+    page.expect("#facts", "40 rows, ")
+
+    page.part("Plan")
+    page.expect("#plan-table", "lora")
+    page.choose("plan-methods", "nonsense")
+    page.problem("nonsense")
+    page.wait(lambda: "lorakin" not in page.text("#plan-command"), "a command of other options")
+
     page.part("Train")
+    page.press("pause")
+    page.problem("no run is chosen")
     page.type("field-out", "../elsewhere")
     page.problem("'../elsewhere' is not the name of a directory")
     page.type("field-out", "adapter")

@@ -46,8 +46,8 @@ def answered(
         try:
             return (*handler(*values), "")
         except LorakinError as error:
-            left = gr.skip() if keeps else gr.update(value=None)
-            return (*[left] * outputs, problem(error))
+            left = [gr.skip() for _ in range(outputs)] if keeps else emptied(outputs)
+            return (*left, problem(error))
 
     return wrapped
 
@@ -64,9 +64,19 @@ def answered_in_pieces(
             for piece in handler(*values):
                 yield (*piece, "")
         except LorakinError as error:
-            yield (*[gr.update(value=None)] * outputs, problem(error))
+            yield (*emptied(outputs), problem(error))
 
     return wrapped
+
+
+def emptied(count: int) -> list[Any]:
+    """Returns values that empty so many components. Gradio takes each apart, so each is its own.
+
+    >>> one, other = emptied(2)
+    >>> one == other and one is not other
+    True
+    """
+    return [gr.update(value=None) for _ in range(count)]
 
 
 def when_new(read: Callable[..., tuple[Any, ...]], count: int) -> Callable[..., tuple[Any, ...]]:

@@ -50,7 +50,9 @@ def _chart(
     ]
     whole = alt.Axis(format="d", tickMinStep=1)
     below = alt.Legend(orient="bottom", title=None)
-    lines = alt.Legend(orient="bottom", title=None, symbolType="stroke", symbolSize=400)
+    lines = alt.Legend(
+        orient="bottom", title=None, symbolType="stroke", symbolSize=400, symbolStrokeColor="grey"
+    )
     dashes = alt.StrokeDash("of:N", legend=lines if len(metrics) > 1 else None, sort=None)
     chart = alt.Chart(alt.InlineData(values=points)).mark_line(point={"size": 16})
     return chart.encode(

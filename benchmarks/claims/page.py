@@ -195,8 +195,11 @@ def rates_table(e: Evidence) -> Iterator[str]:
     yield "|---|---|"
     for name, figures in e.sweeps.items():
         s = e.standings[name]
-        said = [f"{lr:g}: {level(figure, measure)}" for lr, figure in sorted(figures.items())]
-        said = [f"**{one}**" if one.startswith(f"{s.lr:g}:") else one for one in said]
+        bold = {s.lr: "**"}
+        said = [
+            f"{bold.get(lr, '')}{lr:g}: {level(figure, measure)}{bold.get(lr, '')}"
+            for lr, figure in sorted(figures.items())
+        ]
         yield f"| {s.arm.title} | {', '.join(said)} |"
 
 

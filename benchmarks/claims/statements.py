@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -270,6 +270,15 @@ ATTENTION = ("query", "key", "value", "attention", "q_proj", "k_proj", "v_proj",
 """What the paths of attention's layers have in them; FFN layers have none of it."""
 
 
+def mean_rank(runs: Sequence[Mapping[str, int]], paths: Iterable[str]) -> float:
+    """Returns the mean rank of these modules over runs, each of which is path → rank.
+
+    >>> mean_rank([{"a": 2, "b": 9}, {"a": 4, "b": 9}], ["a"])
+    3.0
+    """
+    return statistics.fmean(ranks[path] for path in paths for ranks in runs)
+
+
 def ranks_moved(evidence: Sequence[Evidence]) -> Found:
     """Says where AdaLoRA's ranks go, and how well seeds agree."""
     parts, judged = [], []
@@ -280,24 +289,18 @@ def ranks_moved(evidence: Sequence[Evidence]) -> Found:
             continue
         numbers = {path: re.search(r"layers?\.(\d+)\.", path) for path in last[0]}
         layers = {path: int(found[1]) for path, found in numbers.items() if found}
-        top = max(layers.values()) / 2
-
-        def mean(chosen: Iterable[str], last: list[dict[str, int]] = last) -> float:
-            return statistics.fmean(ranks[path] for path in chosen for ranks in last)
-
+        half = max(layers.values()) / 2
         attention = [path for path in layers if any(word in path for word in ATTENTION)]
-        wide = mean(layers.keys() - {*attention}), mean(attention)
-        high = (
-            mean(p for p, n in layers.items() if n > top),
-            mean(p for p, n in layers.items() if n <= top),
-        )
+        kinds = mean_rank(last, layers.keys() - {*attention}), mean_rank(last, attention)
+        upper = [path for path, number in layers.items() if number > half]
+        halves = mean_rank(last, upper), mean_rank(last, layers.keys() - {*upper})
         table = np.corrcoef([[ranks[path] for path in sorted(ranks)] for ranks in last])
         agree = table[np.triu_indices(len(last), 1)].mean() if len(last) > 1 else math.nan
         parts.append(
-            f"{e.task.title} FFN {wide[0]:.1f}, attention {wide[1]:.1f}; upper half of the layers "
-            f"{high[0]:.1f}, lower half {high[1]:.1f}; seeds agree at r = {agree:.2f}"
+            f"{e.task.title} FFN {kinds[0]:.1f}, attention {kinds[1]:.1f}; upper half of the layers "
+            f"{halves[0]:.1f}, lower half {halves[1]:.1f}; seeds agree at r = {agree:.2f}"
         )
-        judged += [wide[0] > wide[1], high[0] > high[1]]
+        judged += [kinds[0] > kinds[1], halves[0] > halves[1]]
     return "; ".join(parts), _of_tasks(judged)
 
 

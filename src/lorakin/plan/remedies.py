@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,28 @@ def largest_batch(
 
     None: not even one row fits.
     """
+    batches = [2**power for power in range(limit.bit_length())]
+    found = _largest_of(batches, conditions, method, room, quantize)
+    return None if found is None else (f"--batch-size {found[0]}", found[1])
+
+
+def doubled_batch(
+    conditions: Conditions, method: Method, plan: Plan, room: int, quantize: str | None
+) -> tuple[int, Plan]:
+    """Doubles the batch as often as it fits into `room` bytes; returns it and its plan."""
+    rows = conditions.batch_size
+    batches = [rows << times for times in range(1, (LARGEST_BATCH // rows).bit_length())]
+    padded = dataclasses.replace(conditions, padded=True)
+    return _largest_of(batches, padded, method, room, quantize) or (rows, plan)
+
+
+def _largest_of(
+    batches: Sequence[int], conditions: Conditions, method: Method, room: int, quantize: str | None
+) -> tuple[int, Plan] | None:
+    """Returns the largest of ascending batches that fits into `room` bytes, and its plan.
+
+    It is found by halves, since each plan takes seconds. None: none fits.
+    """
 
     @functools.cache
     def plan_of(rows: int) -> Plan:
@@ -83,28 +105,8 @@ def largest_batch(
         changed = dataclasses.replace(conditions, batch_size=rows, padded=padded)
         return plan_method(changed, method, 1.0, quantize)
 
-    batches = [2**power for power in range(limit.bit_length())]
     fitting = bisect.bisect_right(batches, room, key=lambda rows: plan_of(rows).peak)
-    if not fitting:
-        return None
-    rows = batches[fitting - 1]
-    return f"--batch-size {rows}", plan_of(rows)
-
-
-def doubled_batch(
-    conditions: Conditions, method: Method, plan: Plan, room: int, quantize: str | None
-) -> tuple[int, Plan]:
-    """Doubles the batch as often as it fits into `room` bytes; returns it and its plan."""
-
-    @functools.cache
-    def plan_of(rows: int) -> Plan:
-        changed = dataclasses.replace(conditions, batch_size=rows, padded=True)
-        return plan_method(changed, method, 1.0, quantize)
-
-    rows = conditions.batch_size
-    batches = [rows << times for times in range(1, (LARGEST_BATCH // rows).bit_length())]
-    fitting = bisect.bisect_right(batches, room, key=lambda rows: plan_of(rows).peak)
-    return (batches[fitting - 1], plan_of(batches[fitting - 1])) if fitting else (rows, plan)
+    return (batches[fitting - 1], plan_of(batches[fitting - 1])) if fitting else None
 
 
 def highest_rank(

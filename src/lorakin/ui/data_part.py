@@ -86,38 +86,44 @@ def build(model: Any, data: Any, runs: Path) -> DataInputs:
                 for number, label in enumerate(("Shortest row", "Median row", "Longest row"))
             ]
     inputs = DataInputs(model, data, list(fields.values()))
-    outputs = [facts, lengths, *examples]
-    show = answered(lambda *values: _shown(*_fields(inputs, values)), len(outputs))
+    shown = [facts, lengths, *examples]
+    _answer(inputs, file, look, shown, problem, runs)
+    return inputs
+
+
+def _answer(
+    inputs: DataInputs, file: Any, look: Any, shown: list[Any], problem: Any, runs: Path
+) -> None:
+    """Shows the data in `shown` when the user asks for it, drops a file, or leaves a field."""
+    show = answered(lambda *values: _shown(*_fields(inputs, values)), len(shown))
     seen = gr.State("")
 
-    def when_other(*values: Any) -> tuple[Any, ...]:
-        """Shows what the form says now, unless that is shown, or is not complete yet."""
-        *form, before = values
-        if repr(form) == before or not all(form[: len(TOP)]):
-            return tuple(gr.skip() for _ in range(len(outputs) + 2))
+    def show_and_note(*form: Any) -> tuple[Any, ...]:
         return (*show(*form), repr(form))
 
+    def show_if_other(*values: Any) -> tuple[Any, ...]:
+        """Shows what the form says now, unless that is shown, or is not complete yet."""
+        *form, before = values
+        if repr((*form,)) == before or not all(form[: len(TOP)]):
+            return tuple(gr.skip() for _ in told["outputs"])
+        return show_and_note(*form)
+
     told: dict[str, Any] = {
-        "outputs": [*outputs, problem, seen], "trigger_mode": "always_last",
-        "show_progress": "full",
+        "outputs": [*shown, problem, seen], "trigger_mode": "always_last", "show_progress": "full",
     }  # fmt: skip
     edits = [
         event
-        for one in (model, data, *fields.values())
+        for one in inputs.components
         for event in ([one.submit, one.blur] if isinstance(one, gr.Textbox) else [one.input])
     ]
     # One listener, so that of several edits only the last is answered.
-    gr.on(edits, when_other, inputs=[*inputs.components, seen], **told)
-    again: dict[str, Any] = {
-        "fn": lambda *form: (*show(*form), repr([*form])), "inputs": inputs.components, **told
-    }  # fmt: skip
-    look.click(**again)
+    gr.on(edits, show_if_other, inputs=[*inputs.components, seen], **told)
+    look.click(show_and_note, inputs=inputs.components, **told)
     file.upload(
         answered(lambda path: (_kept(path, runs),), 1, keeps=True),
         [file],
-        [data, problem],
-    ).success(**again)
-    return inputs
+        [inputs.data, problem],
+    ).success(show_and_note, inputs=inputs.components, **told)
 
 
 def _kept(path: str, runs: Path) -> str:

@@ -55,11 +55,8 @@ def input_of(name: str, **options: Any) -> Any:
         return gr.Dropdown(choices, value=default, **said | options)
     if name == METHOD:
         said["info"] = "A method, or several in one: type such as dora,lora+."
-        return gr.Dropdown(
-            value=default_in_words(name),
-            allow_custom_value=True,
-            **said | {"choices": []} | options,
-        )
+        usual = default_in_words(name)
+        return gr.Dropdown([usual], value=usual, allow_custom_value=True, **said | options)
     return gr.Textbox(placeholder=default_in_words(name), **said | options)
 
 

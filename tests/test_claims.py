@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sacrebleu
 from benchmarks.claims import again, archive, arms, bleu, evidence, page, study
-from benchmarks.claims.analysis import UNKNOWN, Difference, Evidence, over_tasks
+from benchmarks.claims.analysis import UNKNOWN, Difference, Evidence, Judged, over_tasks
 from benchmarks.claims.design import design
 from benchmarks.claims.statements import (
     MISSING,
@@ -51,6 +51,21 @@ def difference(mean: float, half: float, margin: float = 1.0) -> Difference:
 def test_what_an_interval_shows(mean: float, half: float, verdict: str, no_worse: bool) -> None:
     found = difference(mean, half)
     assert (found.verdict, found.is_no_worse) == (verdict, no_worse)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "p", "verdict"),
+    [
+        (-2.0, 1.5, 0.04, WORSE),
+        (-2.0, 1.5, 0.06, UNKNOWN),
+        (0.2, 0.5, 1.0, SAME),
+        (2.0, 1.5, 0.06, UNKNOWN),
+    ],
+)
+def test_one_of_several_methods_differs_only_after_correction(
+    mean: float, half: float, p: float, verdict: str
+) -> None:
+    assert Judged(difference(mean, half), p).verdict == verdict
 
 
 def test_the_mean_over_tasks_is_as_sure_as_a_simulation_says() -> None:

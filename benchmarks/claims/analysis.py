@@ -16,6 +16,7 @@ from scipy import stats
 
 from benchmarks.claims.bleu import WrittenRow
 from benchmarks.claims.tasks import Task
+from lorakin.compare.arms import PLAIN
 from lorakin.compare.estimates import Estimate, holm
 from lorakin.compare.prior import BETTER, SAME, WORSE
 from lorakin.compare.report_answers import LOSS, sign_of
@@ -23,6 +24,7 @@ from lorakin.compare.standings import Standing, paired_difference
 
 UNKNOWN = "not told apart"
 """What an interval shows that shows none of the prior's verdicts."""
+LEVEL = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +135,31 @@ def over_tasks(differences: Sequence[Difference]) -> Difference:
     )  # fmt: skip
 
 
-def corrected(differences: Mapping[str, Difference]) -> dict[str, float]:
-    """Returns the p-values of several methods, corrected for their number by Holm's procedure."""
-    return holm({name: d.p for name, d in differences.items()})
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A method beside LoRA, as one of several that were looked at.
+
+    Attributes:
+        difference: how far it is ahead.
+        p: the p-value against 0, corrected for the number of methods.
+    """
+
+    difference: Difference
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        """What the interval shows; a difference counts only if the corrected p-value says so too."""
+        found = self.difference.verdict
+        return UNKNOWN if found in (BETTER, WORSE) and self.p >= LEVEL else found
+
+
+def judged_together(e: Evidence, names: Sequence[str]) -> dict[str, Judged]:
+    """Returns how the methods of a task that have intervals stand beside LoRA, after Holm."""
+    found = {name: e.difference(name) for name in names if name != PLAIN}
+    known = {name: d for name, d in found.items() if d is not None and math.isfinite(d.half)}
+    p = holm({name: d.p for name, d in known.items()})
+    return {name: Judged(d, p[name]) for name, d in known.items()}
 
 
 def ranks(evidence: Sequence[Evidence], names: Sequence[str]) -> dict[str, float]:

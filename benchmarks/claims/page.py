@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims import archive, pictures
-from benchmarks.claims.analysis import Difference, Evidence, corrected
+from benchmarks.claims.analysis import UNKNOWN, Evidence, Judged, judged_together
 from benchmarks.claims.arms import METHODS, PILOT
 from benchmarks.claims.bleu import WrittenRow, bleu_of, difference
 from benchmarks.claims.design import design
 from benchmarks.claims.statements import STATEMENTS, unit_of, written
 from benchmarks.claims.study import PILOT_SEEDS, SEEDS
 from lorakin.compare.figures import level, with_interval
-from lorakin.compare.prior import BETTER, SAME, WORSE, Prior
+from lorakin.compare.prior import Prior
 from lorakin.compare.standings import Standing
 
 BEGIN, END = "<!-- made by: python -m benchmarks.claims page -->", "<!-- end -->"
@@ -80,13 +80,10 @@ def prior_of(evidence: Sequence[Evidence]) -> Prior:
     """Returns on how many tasks each method was better than tuned LoRA, the same, or worse."""
     found: dict[str, dict[str, int]] = {}
     for e in evidence:
-        for name in METHODS:
-            d = e.difference(name) if name != "lora" else None
-            if d is not None and d.verdict in (BETTER, SAME, WORSE):
-                counts = found.setdefault(name, {})
-                counts[d.verdict] = counts.get(d.verdict, 0) + 1
-            elif d is not None:
-                found.setdefault(name, {})
+        for name, one in judged_together(e, METHODS).items():
+            counts = found.setdefault(name, {})
+            if one.verdict != UNKNOWN:
+                counts[one.verdict] = counts.get(one.verdict, 0) + 1
     return Prior([e.task.title for e in evidence], found)
 
 
@@ -173,17 +170,14 @@ def flattened(e: Evidence) -> str:
 
 def arms_table(e: Evidence) -> Iterator[str]:
     """Yields a task's table of arms."""
-    unit = unit_of(e)
-    members = {name: d for name in METHODS if (d := e.difference(name)) is not None}
-    members.pop("lora", None)
-    p = corrected({n: d for n, d in members.items() if math.isfinite(d.half)})
+    together = judged_together(e, METHODS)
     yield (
-        f"| arm | {e.task.measure} | ahead of lora, {unit} | p (Holm) | verdict | rate | trained "
-        "| time | memory |"
+        f"| arm | {e.task.measure} | ahead of lora, {unit_of(e)} | p (Holm) | verdict | rate "
+        "| trained | time | memory |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, s in e.standings.items():
-        yield f"| {' | '.join(_cells(e, name, s, unit, p.get(name)))} |"
+        yield f"| {' | '.join(_cells(e, name, s, together.get(name)))} |"
 
 
 def rates_table(e: Evidence) -> Iterator[str]:
@@ -223,14 +217,14 @@ def bleu_table(e: Evidence) -> Iterator[str]:
         yield f"| {name} | {sum(values) / len(values):.1f} | {gap} | {len(values)} |"
 
 
-def _cells(e: Evidence, name: str, s: Standing, unit: str, p: float | None) -> Iterator[str]:
-    d = e.difference(name) if name != "lora" else None
-    known = d is not None and math.isfinite(d.half)
+def _cells(e: Evidence, name: str, s: Standing, one: Judged | None) -> Iterator[str]:
+    d = one.difference if one else e.difference(name) if name != "lora" else None
+    known = d if d is not None and math.isfinite(d.half) else None
     yield s.arm.title
     yield "–" if s.quality is None else with_interval(s.quality, e.task.measure)
-    yield written(d, unit) if isinstance(d, Difference) and known else "–"
-    yield "–" if p is None else f"{p:.2g}"
-    yield d.verdict if isinstance(d, Difference) and known else "–"
+    yield written(known, unit_of(e)) if known else "–"
+    yield f"{one.p:.2g}" if one else "–"
+    yield one.verdict if one else known.verdict if known else "–"
     yield f"{s.lr:g}{' (edge)' if s.at_edge else ''}" if s.lr else "–"
     yield f"{s.trained:,}" if s.lr and s.trained else "–"
     for ratio in (s.time, s.memory):

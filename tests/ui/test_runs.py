@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import shlex
@@ -89,12 +91,15 @@ def test_two_runs_are_drawn_in_one_chart(run: Path) -> None:
     other.mkdir()
     rows = [{"step": n, "loss": 1 / n, "learning_rate": 1e-3} for n in range(1, 2501)]
     (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    losses, rates, *_ = (chart.data.values for chart in curves.charts_of([run, other]))
+    losses, rates, *_ = (
+        list(csv.DictReader(io.StringIO(chart.data.values)))
+        for chart in curves.charts_of([run, other])
+    )
     assert [point for point in losses if point["run"] == "adapter"] == [
-        {"step": 3, "value": 2.0, "run": "adapter", "of": "training"},
-        {"step": 0, "value": 2.5, "run": "adapter", "of": "held out"},
+        {"step": "3", "value": "2.0", "run": "adapter", "of": "training"},
+        {"step": "0", "value": "2.5", "run": "adapter", "of": "held out"},
     ]
-    steps = [point["step"] for point in rates]
+    steps = [int(point["step"]) for point in rates]
     assert {point["run"] for point in rates} == {"other"} and (steps[0], steps[-1]) == (1, 2500)
     assert len(steps) <= curves.MOST_POINTS + 1
 

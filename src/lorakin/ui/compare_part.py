@@ -79,10 +79,11 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
 
     gr.on(
         [tab.select, *(component.change for component in inputs)],
-        # What it costs was said of other options.
-        answered(lambda *values: (command("lorakin", *words(*values)), ""), 2), inputs,
-        [line, costs, problem], show_progress="hidden", trigger_mode="always_last",
+        answered(lambda *values: (command("lorakin", *words(*values)),), 1), inputs,
+        [line, problem], show_progress="hidden", trigger_mode="always_last",
     )  # fmt: skip
+    # What it costs was said of another command. Fields also change when their choices come.
+    line.change(None, outputs=[costs], js="() => ''", show_progress="hidden")
     cost.click(answered(lambda *values: (_cost(names, *values),), 1), inputs, [costs, problem])
     chosen = _build_trials(folder, timer)
     start.click(

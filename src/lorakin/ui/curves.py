@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import altair as alt
 from lorakin.errors import DataError
 from lorakin.ui import runs
 
-MOST_POINTS = 1000
+MOST_POINTS = 500
 """Points of a curve that are drawn; a longer one is thinned out."""
 CURVES: dict[str, dict[str, tuple[str, float]]] = {
     "loss": {"loss": ("training", 1.0), "eval_loss": ("held out", 1.0)},
@@ -43,25 +45,38 @@ def _chart(
     runs_rows: dict[str, list[dict[str, Any]]],
 ) -> Any:
     points = [
-        {"step": row["step"], "value": row[name] * factor, "run": run, "of": of}
+        (row["step"], row[name] * factor, run, of)
         for run, rows in runs_rows.items()
         for name, (of, factor) in metrics.items()
         for row in _thinned([one for one in rows if name in one])
     ]
     whole = alt.Axis(format="d", tickMinStep=1)
-    below = alt.Legend(orient="bottom", title=None)
-    lines = alt.Legend(
-        orient="bottom", title=None, symbolType="stroke", symbolSize=400, symbolStrokeColor="grey"
-    )
-    dashes = alt.StrokeDash("of:N", legend=lines if len(metrics) > 1 else None, sort=None)
-    chart = alt.Chart(alt.InlineData(values=points)).mark_line(point={"size": 16})
+    lines: dict[str, Any] = {
+        "orient": "bottom",
+        "title": None,
+        "symbolType": "stroke",
+        "symbolSize": 400,
+    }
+    kinds = alt.Legend(**lines, symbolStrokeColor="grey") if len(metrics) > 1 else None
+    # Filled points would take the strokes from the legend of dashes.
+    chart = alt.Chart(_data(points)).mark_line(point={"size": 8, "filled": False})
     return chart.encode(
         x=alt.X("step:Q", axis=whole),
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
-        color=alt.Color("run:N", legend=below, sort=None),
-        strokeDash=dashes,
+        color=alt.Color("run:N", legend=alt.Legend(**lines), sort=None),
+        strokeDash=alt.StrokeDash("of:N", legend=kinds, sort=None),
         tooltip=["run:N", "step:Q", "value:Q"],
     ).properties(**shape(f"{title}, by step"))
+
+
+def _data(points: Sequence[tuple[Any, ...]]) -> Any:
+    """Returns points as CSV: Altair would check each value of a list, which is slow."""
+    text = io.StringIO()
+    csv.writer(text).writerows([("step", "value", "run", "of"), *points])
+    numbers = {"step": "number", "value": "number"}
+    return alt.InlineData(
+        values=text.getvalue(), format=alt.CsvDataFormat(type="csv", parse=numbers)
+    )
 
 
 def shape(description: str) -> dict[str, Any]:

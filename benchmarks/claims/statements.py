@@ -65,17 +65,20 @@ def differences(evidence: Sequence[Evidence], name: str, other: str) -> dict[str
     return {title: d for title, d in found.items() if d is not None and math.isfinite(d.half)}
 
 
-def compared(evidence: Sequence[Evidence], name: str, other: str) -> tuple[str, list[Difference]]:
-    """Returns the differences in words, and those that decide: the mean over GLUE, and each loss."""
+def compared(
+    evidence: Sequence[Evidence], name: str, other: str
+) -> tuple[str, dict[str, Difference]]:
+    """Returns the differences in words, and those that decide: the mean in points, and each loss."""
     by_task = differences(evidence, name, other)
     kinds = {e.task.title: unit_of(e) for e in evidence}
-    points = [d for title, d in by_task.items() if kinds[title] == "points"]
-    losses = [d for title, d in by_task.items() if kinds[title] == "nats"]
+    points = {title: d for title, d in by_task.items() if kinds[title] == "points"}
+    deciding = {title: d for title, d in by_task.items() if kinds[title] == "nats"}
     parts = [f"{title} {written(d, kinds[title])}" for title, d in by_task.items()]
-    deciding = [*([over_tasks(points)] if points else []), *losses]
     if len(points) > 1:
-        parts.insert(0, f"**mean of {len(points)} tasks {written(deciding[0], 'points')} points**")
-    return "; ".join(parts), deciding
+        mean = over_tasks(list(points.values()))
+        parts.insert(0, f"**mean of {len(points)} tasks {written(mean, 'points')} points**")
+        points = {"mean": mean}
+    return "; ".join(parts), points | deciding
 
 
 def better(name: str, other: str = "lora") -> Callable[[Sequence[Evidence]], Found]:
@@ -93,13 +96,13 @@ def on_par(name: str, other: str = "lora") -> Callable[[Sequence[Evidence]], Fou
 
     def measured(evidence: Sequence[Evidence]) -> Found:
         shown, deciding = compared(evidence, name, other)
-        if not deciding:
-            return shown, MISSING
-        if all(d.is_no_worse for d in deciding):
-            return shown, SHOWN
-        return shown, REFUTED if any(d.high < -d.margin for d in deciding) else OPEN
+        return shown, _together({title: _is_on_par(d) for title, d in deciding.items()})
 
     return measured
+
+
+def _is_on_par(d: Difference) -> str:
+    return SHOWN if d.is_no_worse else REFUTED if d.high < -d.margin else OPEN
 
 
 def below(name: str, other: str = "lora") -> Callable[[Sequence[Evidence]], Found]:
@@ -122,14 +125,24 @@ def equal(name: str, other: str) -> Callable[[Sequence[Evidence]], Found]:
     return measured
 
 
-def _judged(deciding: Sequence[Difference], holds: set[str], fails: set[str]) -> str:
-    """Returns one verdict for all that decides, or one for each where they differ."""
-    words = [
-        SHOWN if d.verdict in holds else REFUTED if d.verdict in fails else OPEN for d in deciding
-    ]
-    if len(set(words)) <= 1:
-        return words[0] if words else MISSING
-    return "mixed: " + ", ".join(words)
+def _judged(deciding: Mapping[str, Difference], holds: set[str], fails: set[str]) -> str:
+    return _together(
+        {
+            title: SHOWN if d.verdict in holds else REFUTED if d.verdict in fails else OPEN
+            for title, d in deciding.items()
+        }
+    )
+
+
+def _together(verdicts: Mapping[str, str]) -> str:
+    """Returns the one verdict, or each with its task where they differ.
+
+    >>> _together({"SST-2": "refuted", "E2E NLG": "not told apart"})
+    'SST-2: refuted; E2E NLG: not told apart'
+    """
+    if len(set(verdicts.values())) == 1:
+        return next(iter(verdicts.values()))
+    return "; ".join(f"{title}: {verdict}" for title, verdict in verdicts.items()) or MISSING
 
 
 def _of_tasks(held: Sequence[bool]) -> str:

@@ -1,31 +1,32 @@
-"""The study of the claims: its statistics against simulation, and a small study from end to end."""
+"""The study of the claims: its statistics against simulation, and its committed rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import sacrebleu
-from benchmarks.claims import again, archive, arms, bleu, evidence, page, study
+from benchmarks.claims import again, archive, arms, bleu, evidence, page
 from benchmarks.claims.analysis import UNKNOWN, Difference, Evidence, Judged, over_tasks
 from benchmarks.claims.design import design
-from benchmarks.claims.statements import (
+from benchmarks.claims.judges import (
     MISSING,
+    OPEN,
     REFUTED,
     SHOWN,
-    STATEMENTS,
     correlations,
     ranks_moved,
+    sooner,
 )
-from benchmarks.claims.tasks import TASKS, Task, without_overlap
-from rich.console import Console
+from benchmarks.claims.statements import STATEMENTS
+from benchmarks.claims.tasks import TASKS, without_overlap
 
 from lorakin.compare.arms import REFERENCE, Arm
 from lorakin.compare.prior import BETTER, SAME, WORSE, prior
+from lorakin.compare.report_answers import ReportAnswers
 from lorakin.compare.results import DONE, ResultRow, Trial
 from lorakin.compare.standings import Standing, standings_of
 from lorakin.family import method_named
@@ -112,113 +113,94 @@ def test_bleu_is_sacrebleu_s_and_a_difference_of_nothing_is_none() -> None:
     assert bleu.difference([good], [dataclasses.replace(bad, seed=1)]) is None
 
 
-@pytest.fixture(scope="module")
-def small(bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path]:
-    """A study of LoRA and DoRA on a tiny BERT, four steps a trial."""
-    words = ("cat", "dog", "bird", "tree")
-    rows = [
-        {"sentence": f"the {word} sat {n}", "label": int(word in ("cat", "bird"))}
-        for n in range(120)
-        for word in words
-    ]
-
-    def parts(data: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        return rows[:400], rows[400:]
-
-    recipe = {"batch_size": 4, "max_length": 16}
-    task = Task("small", "Small", bert_dir, "f1", 4, recipe, parts, chosen_by="accuracy")
-    out = tmp_path_factory.mktemp("study")
-    study.run_task(task, "", out, arms.PILOT, 2, "cpu", Console(quiet=True))
-    return task, out
-
-
-def test_a_study_from_its_trials_to_its_page(
-    small: tuple[Task, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task, out = small
-    kept = evidence.archived(task, "", out, "2026-11-30")
-    monkeypatch.setattr(archive, "FOLDER", tmp_path)
-    archive.save(task.name, kept)
-    found = evidence.evidence_of(task, archive.load(task.name))
-    assert found.standings.keys() == {"lora", "dora", "constant"}
-    for name, standing in found.standings.items():
-        assert name == "constant" or (len(standing.done) == 2 and standing.trained)
-    rows = found.standings["dora"].done
-    assert [step for step, _ in rows[0].curve] == [1, 2, 3, 4]
-    gap = found.difference("dora")
-    by_hand = [(row.report or {})["f1"] for row in rows]
-    plain = [(row.report or {})["f1"] for row in found.standings["lora"].done]
-    assert gap is not None and gap.rows == 80
-    assert gap.mean == pytest.approx(100 * (np.mean(by_hand) - np.mean(plain)))
-
-    planned = design(found, study.SEEDS)
-    assert planned is not None and planned.rows == 80
-    monkeypatch.setattr(page, "METHODS", ("lora", "dora"))
-    monkeypatch.setattr(page, "PRIOR", tmp_path / "prior.json")
-    written = tmp_path / "claims.md"
-    written.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    page.write(written, [(found, kept.how)])
-    text = written.read_text()
-    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert "### Small" in text and text.count("| dora |") >= 1
-    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_cell_runs_again_to_the_same_figure(
-    small: tuple[Task, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task, out = small
-    monkeypatch.setattr(archive, "FOLDER", tmp_path)
-    archive.save(task.name, evidence.archived(task, "", out, "2026-11-30"))
-    cell = again.run_again(task, "lora", 1, "")
-    assert cell.before is not None and cell.value == pytest.approx(cell.before, abs=1e-12)
-    assert cell.lands
-    assert not dataclasses.replace(cell, value=cell.high + 1).lands
-    with pytest.raises(SystemExit):
-        again.run_again(task, "vera", 1, "")
-
-
-def test_a_study_goes_on_elsewhere_from_the_committed_rows(
-    small: tuple[Task, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task, out = small
-    monkeypatch.setattr(archive, "FOLDER", tmp_path / "kept")
-    quiet = Console(quiet=True)
-    archive.replace(task.name, evidence.archived(task, "", out, "2026-11-30"))
-    elsewhere = tmp_path / "elsewhere"
-    study.restore(task, "", elsewhere, quiet)
-    study.restore(task, "", elsewhere, quiet)
-    run = study.run_task(task, "", elsewhere, arms.PILOT, 3, "cpu", quiet)
-    kept = archive.load(task.name).rows
-    assert [row.trial for row in run.results.rows[: len(kept)]] == [row.trial for row in kept]
-    assert {row.trial.seed for row in run.results.rows[len(kept) :]} == {2}
-
-    archive.replace(task.name, evidence.archived(task, "", elsewhere, "2026-12-02"))
-    both = archive.load(task.name)
-    assert len(both.rows) == len(kept) + 2
-    assert [(place["days"], place["trials"]) for place in both.how["places"]] == [
-        (["2026-11-30"], len(kept)),
-        (["2026-12-02"], 2),
-    ]
-    with pytest.raises(SystemExit):  # the first directory lacks the third seed
-        archive.replace(task.name, evidence.archived(task, "", out, "2026-12-03"))
-    train, report = task.parts("")
-    other = dataclasses.replace(task, parts=lambda data: (train[:300], report))
-    with pytest.raises(SystemExit):
-        study.restore(other, "", tmp_path / "other", quiet)
-
-
-def test_times_of_two_machines_are_those_of_the_first() -> None:
-    """The second machine is twice as fast, as LoRA shows; a third did not run LoRA."""
+def test_times_and_memory_of_two_machines_are_those_of_the_first() -> None:
+    """The second is twice as fast and takes half the memory; a third did not run LoRA."""
 
     def row(arm: str, work: float) -> ResultRow:
-        return ResultRow(Trial(arm, "seed", 1e-3, 0), DONE, step_work=work)
+        return ResultRow(
+            Trial(arm, "seed", 1e-3, 0), DONE, step_work=work, peak_bytes=int(100 * work)
+        )
 
     rows = [row("lora", 2.0), row("dora", 3.0), row("lora", 1.0), row("dora", 1.5), row("dora", 7)]
     places = [{"trials": 2}, {"trials": 2}, {"trials": 1}]
     found = archive.on_the_first_machine(archive.Archive({"places": places}, rows), "lora")
     assert [one.step_work for one in found] == [2.0, 3.0, 2.0, 3.0, 0.0]
+    assert [one.peak_bytes for one in found] == [200, 300, 200, 300, 0]
+
+
+def trained(name: str, seed: int, **more: Any) -> ResultRow:
+    return ResultRow(Trial(name, "seed", 1e-3, seed), DONE, **more)
+
+
+def stands(name: str, rows: list[ResultRow]) -> Standing:
+    arm = Arm(name, name, REFERENCE, words=name, rank=8, scaling=1, lr=1e-3)
+    return dataclasses.replace(standings_of([arm], rows, "loss")[0], rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said", "verdict"),
+    [
+        ((10, 20, 25), "2.00× (1.60× to 4.00×)", SHOWN),
+        ((20, 30, None), "1.33× (never to 2.00×)", OPEN),
+        ((32, None, None), "never (never to 1.25×)", REFUTED),
+    ],
+)
+def test_how_much_sooner_counts_the_seeds_that_never_get_there(
+    steps: tuple[int | None, ...], said: str, verdict: str
+) -> None:
+    """LoRA needs 40 steps for its loss of 1; of the other arm each seed has its own number."""
+    plain = [trained("lora", n, curve=[(20, 2.0), (40, 1.0)]) for n in range(3)]
+    other = [
+        trained("dora", n, curve=[(step, 1.0)] if step else [(40, 1.1)])
+        for n, step in enumerate(steps)
+    ]
+    found = Evidence(TASKS[0], {"lora": stands("lora", plain), "dora": stands("dora", other)})
+    assert sooner("dora", 1.5)([found]) == (f"{TASKS[0].title} {said}", verdict)
+
+
+def test_a_difference_on_glue_s_own_rows() -> None:
+    """On the two rows that are GLUE's, the other arm is right once more."""
+    task = dataclasses.replace(TASKS[0], added=2)
+    right = [1.0, 0.0, 1.0, 0.0]
+
+    def runs(name: str, given: list[float]) -> list[ResultRow]:
+        answers = ReportAnswers([1.0] * 4, [], right, given)
+        return [trained(name, n, answers=answers, report={"accuracy": 0.5}) for n in range(2)]
+
+    plain, other = runs("lora", [1, 0, 0, 0]), runs("dora", [0, 1, 1, 0])
+    found = Evidence(task, {"lora": stands("lora", plain), "dora": stands("dora", other)})
+    whole, own = found.difference("dora"), found.on_own_rows("dora")
+    assert whole is not None and (whole.mean, whole.rows) == (0, 4)
+    assert own is not None and (own.mean, own.rows) == (50, 2)
+
+
+def test_the_pilot_s_parts_are_those_that_it_was_drawn_with() -> None:
+    """Errors of seeds, of rows and of both are found again; half widths follow by hand."""
+    chance, task = np.random.default_rng(0), next(t for t in TASKS if t.measure == "loss")
+    alike, seeds, rows = chance.normal(0, 2.0, 1000), 30, 1000
+
+    def runs(name: str, of_rows: Any, of_seeds: float, of_both: float) -> list[ResultRow]:
+        tables = [
+            of_rows + chance.normal(0, of_seeds) + chance.normal(0, of_both, rows)
+            for _ in range(seeds)
+        ]
+        return [
+            trained(name, n, answers=ReportAnswers([float(x) for x in table]), report={"loss": float(table.mean())})
+            for n, table in enumerate(tables)
+        ]  # fmt: skip
+
+    standings = {
+        "lora": stands("lora", runs("lora", 0 * alike, 0, 0)),
+        "dora": stands("dora", runs("dora", alike, 0.3, 4.0)),
+    }
+    found = design(Evidence(task, standings), 5)
+    assert found is not None and found.of_rows == pytest.approx(2, rel=0.15)
+    assert found.of_both == pytest.approx(4, rel=0.05)
+    assert found.of_seeds == pytest.approx(math.sqrt(0.3**2 + 4**2 / rows), rel=0.3)
+    by_hand = math.hypot(
+        2.776 * found.of_seeds / math.sqrt(5), 1.962 * found.of_rows / math.sqrt(rows)
+    )
+    assert found.half == pytest.approx(by_hand, rel=0.001)
 
 
 def test_ranks_and_directions_are_judged() -> None:
@@ -228,14 +210,8 @@ def test_ranks_and_directions_are_judged() -> None:
     moved = [(1, dict.fromkeys(paths, 8)), (9, dict(zip(paths, ranks, strict=True)))]
 
     def standing(name: str, moves: list[tuple[float, float]], **more: Any) -> Standing:
-        rows = [
-            ResultRow(
-                Trial(name, "seed", 1e-3, seed), DONE, moves=[(1, {f"q{n}": move for n, move in enumerate(moves)})], **more
-            )
-            for seed in range(2)
-        ]  # fmt: skip
-        arm = Arm(name, name, REFERENCE, words=name, rank=8, scaling=1, lr=1e-3)
-        return dataclasses.replace(standings_of([arm], rows, "loss")[0], rows=rows)
+        found = [(1, {f"q{n}": move for n, move in enumerate(moves)})]
+        return stands(name, [trained(name, seed, moves=found, **more) for seed in range(2)])
 
     together, apart = [(0.1, 0.1), (0.2, 0.2), (0.3, 0.3)], [(0.1, 0.3), (0.2, 0.2), (0.3, 0.1)]
     standings = {

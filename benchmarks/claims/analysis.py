@@ -19,8 +19,10 @@ from benchmarks.claims.tasks import Task
 from lorakin.compare.arms import PLAIN
 from lorakin.compare.estimates import Estimate, holm
 from lorakin.compare.prior import BETTER, SAME, WORSE
-from lorakin.compare.report_answers import LOSS, sign_of
+from lorakin.compare.report_answers import LOSS, ReportAnswers, sign_of
+from lorakin.compare.results import ResultRow
 from lorakin.compare.standings import Standing, paired_difference
+from lorakin.training.metrics import METRICS
 
 UNKNOWN = "not told apart"
 """What an interval shows that shows none of the prior's verdicts."""
@@ -84,12 +86,14 @@ class Evidence:
         standings: arm → where it stands.
         written: what adapters wrote to the prompts of the reported rows, where that was looked at.
         sweeps: arm → learning rate → the figure on the tuning rows that rates are chosen by.
+        reported: the same on the rows to report on, by the measure, which chose nothing.
     """
 
     task: Task
     standings: Mapping[str, Standing]
     written: Sequence[WrittenRow] = ()
     sweeps: Mapping[str, Mapping[float, float]] = dataclasses.field(default_factory=dict)
+    reported: Mapping[str, Mapping[float, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def unit(self) -> float:
@@ -101,6 +105,17 @@ class Evidence:
         if name not in self.standings or other not in self.standings:
             return None
         rows, others = self.standings[name].rows, self.standings[other].rows
+        found = paired_difference(rows, others, self.task.measure)
+        return None if found is None else self._in_units(found)
+
+    def on_own_rows(self, name: str, other: str = "lora") -> Difference | None:
+        """Returns the difference on GLUE's held-out rows alone; None elsewhere or without runs."""
+        if not self.task.added or name not in self.standings:
+            return None
+        rows, others = (
+            [without_first(row, self.task.added, self.task.measure) for row in standing.rows]
+            for standing in (self.standings[name], self.standings[other])
+        )
         found = paired_difference(rows, others, self.task.measure)
         return None if found is None else self._in_units(found)
 
@@ -120,6 +135,16 @@ class Evidence:
         if standing is None or standing.quality is None:
             return math.nan
         return sign_of(self.task.measure) * standing.quality.mean / self.unit
+
+
+def without_first(row: ResultRow, count: int, measure: str) -> ResultRow:
+    """Returns a run of a classifier as if its first `count` rows had not been reported on."""
+    if row.answers is None:
+        return row
+    found = row.answers
+    kept = ReportAnswers(found.losses[count:], [], found.right[count:], found.given[count:])
+    value = METRICS[measure].of(*kept.numbers, np.ones(len(kept.losses)))
+    return dataclasses.replace(row, answers=kept, report={measure: value})
 
 
 def over_tasks(differences: Sequence[Difference]) -> Difference:

@@ -90,22 +90,33 @@ def load(task: str) -> Archive:
     return Archive(json.loads(first)[HEAD], [ResultRow.from_json(line) for line in lines])
 
 
-def on_the_first_machine(archive: Archive, plain: str) -> list[ResultRow]:
-    """Returns the rows with the times that they would have on the first machine.
+MEASURED_HERE = ("step_work", "peak_bytes")
+"""Figures of a trial that depend on the machine."""
 
-    Machines differ in speed by what a step of plain LoRA, the arm `plain`, takes on each. On a
-    machine that did not run it, times are not known, and are 0.
+
+def on_the_first_machine(archive: Archive, plain: str) -> list[ResultRow]:
+    """Returns the rows with the times and the memory that they would have on the first machine.
+
+    Machines differ by what a step of plain LoRA, the arm `plain`, takes on each. On a machine that
+    did not run it these figures are not known, and are 0.
     """
     found: list[ResultRow] = []
-    first = None
+    first: dict[str, float] = {}
     for place in archive.how["places"]:
         rows = archive.rows[len(found) :][: place["trials"]]
-        works = [row.step_work for row in rows if row.trial.arm == plain and row.step_work]
-        own = statistics.median(works) if works else None
-        first = first or own
-        scale = first / own if own and first else 0.0
-        found += [dataclasses.replace(row, step_work=row.step_work * scale) for row in rows]
+        scales = dict.fromkeys(MEASURED_HERE, 0.0)
+        for name in MEASURED_HERE:
+            known = [getattr(row, name) for row in rows if row.trial.arm == plain]
+            if known := [value for value in known if value]:
+                own = statistics.median(known)
+                scales[name] = first.setdefault(name, own) / own
+        found += [_scaled(row, scales) for row in rows]
     return found
+
+
+def _scaled(row: ResultRow, scales: dict[str, float]) -> ResultRow:
+    values = {name: getattr(row, name) * scale for name, scale in scales.items()}
+    return dataclasses.replace(row, **(values | {"peak_bytes": round(values["peak_bytes"])}))
 
 
 def save_written(task: str, rows: Sequence[WrittenRow]) -> Path:

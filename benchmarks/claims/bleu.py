@@ -97,7 +97,5 @@ def difference(rows: Sequence[WrittenRow], others: Sequence[WrittenRow]) -> Esti
     drawn = []
     for weights in draws_of(count, DRAWS):
         prompts = [n for n in every for _ in range(int(weights[n]))]
-        drawn.append(
-            np.mean([bleu_of(first[n], prompts) - bleu_of(second[n], prompts) for n in seeds])
-        )
-    return Estimate.of(values, np.array(drawn), count)
+        drawn.append([bleu_of(first[n], prompts) - bleu_of(second[n], prompts) for n in seeds])
+    return Estimate.of(values, np.array(drawn).T, count)

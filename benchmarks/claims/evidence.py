@@ -21,6 +21,7 @@ from benchmarks.claims.tasks import TASKS, Task
 from lorakin.compare.arms import CONTROL, LIMIT, MEMBER, REFERENCE, Arm
 from lorakin.compare.directory import locked
 from lorakin.compare.next_trials import sweep_figures
+from lorakin.compare.results import ResultRow
 from lorakin.compare.standings import standings_of
 
 ARM_FIELDS = ("name", "title", "kind", "words", "rank", "scaling", "lr", "explains")
@@ -77,7 +78,17 @@ def evidence_of(task: Task, kept: archive.Archive) -> Evidence:
             )
     names = [name for name, s in by_name.items() if s.lr is not None]
     sweeps = {name: sweep_figures(name, rows, task.chosen_by) for name in names}
-    return Evidence(task, by_name, archive.load_written(task.name), sweeps)
+    reported = {name: _reported(name, rows, task.measure) for name in names}
+    return Evidence(task, by_name, archive.load_written(task.name), sweeps, reported)
+
+
+def _reported(name: str, rows: Sequence[ResultRow], measure: str) -> dict[float, float]:
+    """Returns rate → the measure on the rows to report on, of an arm's first seed."""
+    return {
+        row.trial.lr: row.report[measure]
+        for row in rows
+        if row.trial.arm == name and row.trial.seed == 0 and row.trial.lr and row.report
+    }
 
 
 def _at(found: Sequence[Any], rows: Sequence[Any]) -> list[Any]:

@@ -15,10 +15,12 @@ from benchmarks.claims.analysis import UNKNOWN, Evidence, Judged, judged_togethe
 from benchmarks.claims.arms import METHODS, PILOT
 from benchmarks.claims.bleu import WrittenRow, bleu_of, difference
 from benchmarks.claims.design import design
-from benchmarks.claims.statements import STATEMENTS, unit_of, written
+from benchmarks.claims.judges import unit_of, written
+from benchmarks.claims.statements import STATEMENTS
 from benchmarks.claims.study import PILOT_SEEDS, SEEDS
 from lorakin.compare.figures import level, with_interval
 from lorakin.compare.prior import Prior
+from lorakin.compare.report_answers import sign_of
 from lorakin.compare.standings import Standing
 
 BEGIN, END = "<!-- made by: python -m benchmarks.claims page -->", "<!-- end -->"
@@ -105,6 +107,8 @@ def made(evidence: Sequence[Evidence], hows: Sequence[dict[str, Any]]) -> Iterat
         yield ""
         yield f"{said_of(how, len(e.standings['lora'].done))} {flattened(e)}"
         yield ""
+        yield chosen_rates(e)
+        yield ""
         yield from arms_table(e)
         yield ""
         yield from rates_table(e)
@@ -128,9 +132,15 @@ def reached_table(evidence: Sequence[Evidence]) -> Iterator[str]:
             f"{planned.half:.2g}" if planned else "–",
             f"{halves['dora']:.2g}" if "dora" in halves else "–",
             f"{min(halves.values()):.2g} to {max(halves.values()):.2g}" if halves else "–",
-            str(len(e.standings["lora"].done)),
+            seeds_of(e),
         ]
         yield f"| {e.task.title} | {' | '.join(cells)} |"
+
+
+def seeds_of(e: Evidence) -> str:
+    """Returns how many seeds the methods of a task had, such as "3 to 5"."""
+    counts = {len(e.standings[name].done) for name in METHODS if name in e.standings}
+    return " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
 
 
 def pilot_of(e: Evidence) -> Evidence:
@@ -148,7 +158,7 @@ def said_of(how: dict[str, Any], seeds: int) -> str:
     days = sorted(day for place in how["places"] for day in place["days"])
     machines = f", {count} machines" if (count := len(how["places"])) > 1 else ""
     return (
-        f"{how['model']}, {how['steps']} steps of {how['batch']} rows, {seeds} seeds; "
+        f"{how['model']}, {how['steps']} steps of {how['batch']} rows, up to {seeds} seeds; "
         f"{how['train']:,} rows to train on, {how['tune']:,} to choose rates by, {how['report']:,} "
         f"to report on. {how['machine']}{machines}; {' to '.join(sorted({days[0], days[-1]}))}."
     )
@@ -168,14 +178,34 @@ def flattened(e: Evidence) -> str:
     )
 
 
+def chosen_rates(e: Evidence) -> str:
+    """Says what the choice of rates, by one seed and the tuning rows, may have cost."""
+    sign = sign_of(e.task.measure)
+    lost = []
+    for name, figures in e.reported.items():
+        chosen = e.standings[name].lr
+        if chosen in figures:
+            known = [sign * figure for figure in figures.values()]
+            lost.append((max(known) - sign * figures[chosen]) / e.unit)
+    best = sum(not gap for gap in lost)
+    worst = f"{max(lost, default=0.0):.{1 if unit_of(e) == 'points' else 3}f}"
+    return (
+        f"Of {len(lost)} arms with rates, {best} were the best on the reported rows, too, at the "
+        f"chosen rate (first seed); the others missed at most {worst} {unit_of(e)}. That chance is "
+        "in no interval: they are of runs at the chosen rates, on these training rows."
+    )
+
+
 def arms_table(e: Evidence) -> Iterator[str]:
     """Yields a task's table of arms."""
     together = judged_together(e, METHODS)
-    yield (
-        f"| arm | {e.task.measure} | ahead of lora, {unit_of(e)} | p (Holm) | verdict | rate "
-        "| trained | time | memory |"
+    own = "| on GLUE's held-out rows alone " if e.task.added else ""
+    titles = (
+        f"| arm | seeds | {e.task.measure} | ahead of lora, {unit_of(e)} {own}| p (Holm) | verdict "
+        "| rate | trained | time | memory |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield titles
+    yield "|---" * (titles.count("|") - 1) + "|"
     for name, s in e.standings.items():
         yield f"| {' | '.join(_cells(e, name, s, together.get(name)))} |"
 
@@ -221,8 +251,12 @@ def _cells(e: Evidence, name: str, s: Standing, one: Judged | None) -> Iterator[
     d = one.difference if one else e.difference(name) if name != "lora" else None
     known = d if d is not None and math.isfinite(d.half) else None
     yield s.arm.title
+    yield str(len(s.done)) if s.lr else "–"
     yield "–" if s.quality is None else with_interval(s.quality, e.task.measure)
     yield written(known, unit_of(e)) if known else "–"
+    if e.task.added:
+        own = e.on_own_rows(name) if known else None
+        yield written(own, unit_of(e)) if own else "–"
     yield f"{one.p:.2g}" if one else "–"
     yield one.verdict if one else known.verdict if known else "–"
     yield f"{s.lr:g}{' (edge)' if s.at_edge else ''}" if s.lr else "–"

@@ -11,16 +11,21 @@ from typing import Any
 import matplotlib
 
 from benchmarks.claims.analysis import Evidence, critical_difference, ranks
-from benchmarks.claims.statements import ratio
+from benchmarks.claims.judges import ratio
+from lorakin.compare.arms import BASE
+from lorakin.compare.constant import CONSTANT
 
 AXES = {"trained": "trained parameters", "memory": "memory", "time": "time of a step"}
 REFERENCE = "lora"
+LINES = [(color, dash) for dash in ("-", "--") for color in range(10)]
+"""A colour of matplotlib's cycle and a dash for each curve."""
 
 
 def pareto(evidence: Sequence[Evidence], names: Sequence[str], path: Path) -> None:
     """Draws quality against trained parameters, memory and time, each × plain LoRA's.
 
-    Quality is the part of LoRA's improvement over the head alone or the base, the mean over tasks.
+    Quality is the part of LoRA's improvement over the base or a constant answer, from the difference
+    by seed; the mean over tasks.
     An arm on the line is beaten by none in both.
     """
     plt = _pyplot()
@@ -56,11 +61,20 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _point(evidence: Sequence[Evidence], arm: str, figure: str) -> tuple[float, float] | None:
     shares, ratios = [], []
     for e in evidence:
-        standing, x = e.standings.get(arm), ratio(e, arm, figure)
-        if standing is not None and standing.share is not None and x:
-            shares.append(standing.share)
+        share, x = share_of_gain(e, arm), ratio(e, arm, figure)
+        if share is not None and x:
+            shares.append(share)
             ratios.append(math.log(x))
     return (math.exp(statistics.fmean(ratios)), statistics.fmean(shares)) if shares else None
+
+
+def share_of_gain(e: Evidence, arm: str) -> float | None:
+    """Returns the part of LoRA's improvement over the base or a constant that an arm reaches."""
+    zeros = [d.mean for name in (BASE, CONSTANT.name) if (d := e.difference(name)) is not None]
+    ahead = e.difference(arm)
+    if (arm != REFERENCE and ahead is None) or not zeros:
+        return None
+    return 1 - (ahead.mean if ahead and arm != REFERENCE else 0.0) / max(zeros)
 
 
 def critical_differences(evidence: Sequence[Evidence], names: Sequence[str], path: Path) -> None:
@@ -91,7 +105,7 @@ def curves(evidence: Sequence[Evidence], names: Sequence[str], path: Path) -> No
         rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained"
     )
     for place, e in zip(axes.flat, evidence, strict=False):
-        for name in names:
+        for name, (color, dash) in zip(names, LINES, strict=False):
             runs = [row.curve for row in e.standings[name].done] if name in e.standings else []
             runs = [curve for curve in runs if curve]
             if runs:
@@ -101,7 +115,7 @@ def curves(evidence: Sequence[Evidence], names: Sequence[str], path: Path) -> No
                     for at in zip(*([v for _, v in c] for c in runs), strict=True)
                 ]
                 wide = 2.5 if name == REFERENCE else 1
-                place.plot(steps, losses, linewidth=wide, label=name)
+                place.plot(steps, losses, f"C{color}", linestyle=dash, linewidth=wide, label=name)
         place.set_title(e.task.title, fontsize=9)
         place.set_xlabel("step")
     axes[0][0].set_ylabel("loss on the tuning rows")

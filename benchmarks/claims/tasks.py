@@ -33,6 +33,7 @@ class Task:
         recipe: fields of the recipe that all trials share.
         parts: returns the rows to train on and the rows to report on, from the folder with the
             data.
+        added: how many of the rows to report on, the first ones, were training rows of GLUE.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     recipe: dict[str, Any]
     parts: Callable[[str], tuple[Rows, Rows]]
     chosen_by: str = ""
+    added: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chosen_by", self.chosen_by or self.measure)
@@ -154,21 +156,35 @@ def classifier(steps: int, **recipe: Any) -> dict[str, Any]:
     return {
         "model": "minilm",
         "steps": steps,
-        "recipe": {"batch_size": 16, "max_length": 128, "group_by_length": True, **recipe},
+        "recipe": {"batch_size": 16, "max_length": 128, "group_by_length": True} | recipe,
     }
 
 
+def of_glue(
+    name: str,
+    title: str,
+    added: int,
+    steps: int,
+    measure: str = "accuracy",
+    chosen_by: str = "",
+    batch_size: int = 16,
+) -> Task:
+    """Returns a task of GLUE."""
+    return Task(
+        name, title, measure=measure, chosen_by=chosen_by, parts=glue(name, added), added=added,
+        **classifier(steps, batch_size=batch_size),
+    )  # fmt: skip
+
+
 TASKS: Sequence[Task] = (
-    Task("sst2", "SST-2", measure="accuracy", parts=glue("sst2", 2500), **classifier(400)),
+    of_glue("sst2", "SST-2", added=2500, steps=400),
     Task("e2e", "E2E NLG", "smollm2", "loss", 60,
         {"batch_size": 8, "max_length": 128, "group_by_length": True}, e2e),
     # F1 of a constant answer is 0.80 there, more than that of a model that has learned a little.
     # A third of these steps taught LoRA little more than that answer (docs/log.md).
-    Task("mrpc", "MRPC", measure="f1", chosen_by="accuracy", parts=glue("mrpc", 800),
-        **classifier(320, batch_size=32)),
-    Task("rte", "RTE", measure="accuracy", parts=glue("rte", 500),
-        **classifier(160, batch_size=32)),
-    Task("cola", "CoLA", measure="matthews", parts=glue("cola", 2000), **classifier(750, batch_size=32)),
+    of_glue("mrpc", "MRPC", added=800, steps=320, measure="f1", chosen_by="accuracy", batch_size=32),
+    of_glue("rte", "RTE", added=500, steps=160, batch_size=32),
+    of_glue("cola", "CoLA", added=2000, steps=750, measure="matthews", batch_size=32),
     Task("docstrings", "docstrings", "smollm2", "loss", 60,
         {"batch_size": 4, "max_length": 128, "chat_template": False, "group_by_length": True},
         docstrings),

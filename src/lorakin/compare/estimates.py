@@ -7,6 +7,9 @@ both: with h the half width that each of the two would have alone, by Student's 
 
 So it is never narrower than the interval over the seeds. Adding variances instead, with the
 degrees of freedom of Welch and Satterthwaite, covers less than it says where seeds are few.
+
+Of the rows only that part is added which moves all runs alike. What each run makes of the rows for
+itself is in the scatter between the seeds already.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
 from scipy import optimize, stats
 
 from lorakin.compare.report_answers import Array
@@ -56,20 +60,23 @@ class Estimate:
 
         Args:
             values: one for each seed.
-            draws: their mean under each draw of the report rows, if it is known.
+            draws: each under each draw of the report rows, (seeds, draws), if that is known.
             rows: the number of those rows.
         """
         mean, count = statistics.fmean(values), len(values)
-        of_rows = []
-        if draws is not None and rows > 1:
-            of_rows = [(float(draws.std(ddof=1)), rows - 1)]
-        half_of_rows = _half_width(of_rows, 1 - CONFIDENCE) if of_rows else math.inf
+        known = draws if rows > 1 else None
+        half_of_rows = math.inf
+        if known is not None:
+            error = float(known.mean(axis=0).std(ddof=1))
+            half_of_rows = _half_width([(error, rows - 1)], 1 - CONFIDENCE)
         if count < 2:
             return cls(mean, math.inf, count, 1.0, half_of_rows=half_of_rows)
-        errors = [(statistics.stdev(values) / math.sqrt(count), count - 1), *of_rows]
+        errors = [(statistics.stdev(values) / math.sqrt(count), count - 1)]
+        if known is not None:
+            errors.append((math.sqrt(shared_variance(known)), rows - 1))
         half = _half_width(errors, 1 - CONFIDENCE)
         p = _p_value(mean, errors)
-        return cls(mean, half, count, p, rows if of_rows else 0, half_of_rows)
+        return cls(mean, half, count, p, 0 if known is None else rows, half_of_rows)
 
     @property
     def excludes_zero(self) -> bool:
@@ -81,6 +88,21 @@ class Estimate:
         half_width = self.half_width if math.isfinite(self.half_width) else None
         figures = {"mean": self.mean, "half_width": half_width, "seeds": self.count}
         return figures | ({"rows": self.rows} if self.rows else {})
+
+
+def shared_variance(draws: Array) -> float:
+    """Returns the variance over draws that runs have in common: the mean covariance of two of them.
+
+    >>> import numpy as np
+    >>> alike = np.array([1.0, 2.0, 3.0])
+    >>> shared_variance(np.stack([alike, alike])), shared_variance(np.stack([alike, -alike]))
+    (1.0, 0.0)
+
+    Args:
+        draws: each run's figure under each draw of the rows, (runs, draws), of two runs or more.
+    """
+    count, table = len(draws), np.cov(draws)
+    return max(0.0, float((table.sum() - np.trace(table)) / (count * (count - 1))))
 
 
 Errors = Sequence[tuple[float, int]]

@@ -69,8 +69,8 @@ class Standing:
 
     @property
     def trained(self) -> int | None:
-        """The number of trained parameters; None if no run has figures."""
-        return self.done[0].trained if self.done else None
+        """The number of trained parameters, the median of the runs; None if none has figures."""
+        return statistics.median_low(row.trained for row in self.done) if self.done else None
 
     @property
     def kind(self) -> str:
@@ -176,7 +176,7 @@ def _standing(arm: Arm, best: list[ResultRow], rows: Sequence[ResultRow], measur
         refused=next_trials.refusal(arm, rows),
         lr=best_rate,
         at_edge=best_rate is not None and best_rate in (rates[0], rates[-1]),
-        quality=_estimate(list(by_seed.values()), measure) if by_seed else None,
+        quality=Estimate.of(*_figures_of(list(by_seed.values()), measure)) if by_seed else None,
     )
 
 
@@ -196,6 +196,14 @@ def paired_difference(
     What does not train has one row, which counts for every seed. None: no seed has a finished run
     in both.
     """
+    found = paired_figures(rows, others, measure)
+    return Estimate.of(*found) if found is not None else None
+
+
+def paired_figures(
+    rows: Sequence[ResultRow], others: Sequence[ResultRow], measure: str
+) -> tuple[list[float], Array | None, int] | None:
+    """Returns what `Estimate.of` takes for that difference; None: no seed has both."""
     first, second = _by_seed(rows, measure), _by_seed(others, measure)
     if not first or not second:
         return None
@@ -206,17 +214,20 @@ def paired_difference(
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    return _estimate([first[n] for n in seeds], measure, [second[n] for n in seeds])
+    return _figures_of([first[n] for n in seeds], measure, [second[n] for n in seeds])
 
 
 def _is_untrained(rows: Sequence[ResultRow]) -> bool:
     return all(row.trial.stage == UNTRAINED for row in rows)
 
 
-def _estimate(
+def _figures_of(
     rows: Sequence[ResultRow], measure: str, others: Sequence[ResultRow] | None = None
-) -> Estimate:
-    """Returns the measure of runs, or how much better they are than others of the same seeds."""
+) -> tuple[list[float], Array | None, int]:
+    """Returns the measure of runs, or how much better they are than others of the same seeds.
+
+    With it come the same under each draw of the report rows, and their number.
+    """
     values = np.array([_value(row, measure) for row in rows])
     drawn = _drawn(rows, measure)
     if others is not None:
@@ -226,7 +237,7 @@ def _estimate(
         fit = drawn is not None and drawn_others is not None
         fit = fit and _row_count(rows) == _row_count(others)
         drawn = sign * (drawn - drawn_others) if fit else None  # type: ignore[operator]
-    return Estimate.of([float(value) for value in values], drawn, _row_count(rows))
+    return [float(value) for value in values], drawn, _row_count(rows)
 
 
 def _row_count(rows: Sequence[ResultRow]) -> int:
@@ -236,13 +247,10 @@ def _row_count(rows: Sequence[ResultRow]) -> int:
 
 
 def _drawn(rows: Sequence[ResultRow], measure: str) -> Array | None:
-    """Returns the mean measure of the runs under each draw of the report rows, (draws,)."""
+    """Returns the measure of each run under each draw of the report rows, (runs, draws)."""
     found = [row.answers.drawn(measure) if row.answers else None for row in rows]
     known = [draws for draws in found if draws is not None]
-    if len(known) < len(found) or not _row_count(rows):
-        return None
-    mean: Array = np.mean(known, axis=0)
-    return mean
+    return np.stack(known) if len(known) == len(found) and _row_count(rows) else None
 
 
 def leaders(standings: Sequence[Standing]) -> list[Standing]:

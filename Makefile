@@ -3,8 +3,7 @@
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
 # make glue       GLUE's tasks and E2E NLG by one train and one evaluate line each: make glue DATA=folder (over an hour on one core)
 # make family     all members on two real models: what each learns and costs (about 50 minutes on two cores)
-# make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
-#                 with DATA=folder on GLUE and E2E instead, with power to see a point (many hours on two cores; resumable; DATA=hub fetches them)
+# make claims     the papers' claims on GLUE and E2E, with power to see a point: make claims DATA=folder, or DATA=hub, which fetches them (many hours on two cores; resumable)
 # make interop    all members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin against PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make gpu        on a machine with a GPU: the tests of tests/gpu, then steps beside PEFT, memory, lorakin train; one table (8 minutes)
@@ -52,14 +51,10 @@ family: $(VENV)/.train
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/family.py --out family
 
 claims: $(VENV)/.train
-ifdef DATA
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims run --data $(DATA) --out claims
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims write --data $(DATA) --out claims
 	$(OFFLINE) $(BIN)/python -m benchmarks.claims keep --data $(DATA) --out claims
 	$(BIN)/python -m benchmarks.claims page
-else
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/claims.py --out claims $(QUICK)
-endif
 
 interop: $(VENV)/.test $(VENV)/.llama
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python examples/interop.py --out interop

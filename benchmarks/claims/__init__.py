@@ -1,10 +1,11 @@
 """The papers' claims on the papers' benchmarks, with intervals that would see a difference.
 
-    make claims DATA=folder        everything: the pilot, the design, all trials, the page
+    make claims DATA=folder        all trials, and the page of them
 
 The parts: `tasks` (models and data), `arms` (what is compared), `study` (runs trials, resumable),
-`pilot` and `design` (how many steps, seeds and rows are needed), `analysis` (differences with their
-intervals), `statements` (the claims), `page` and `pictures` (docs/evidence/claims.md), `again`
+`archive` (the committed trials), `evidence` (where arms stand), `design` (how many seeds and rows are
+needed), `analysis` (differences with their intervals), `bleu` (of what adapters wrote), `statements`
+(the claims) and `judges` (their verdicts), `page` and `pictures` (docs/evidence/study.md), `again`
 (runs one cell again).
 """
 

@@ -84,7 +84,9 @@ def result_of(command: list[str]) -> dict[str, Any]:
 
 
 def rows_of(out: Path) -> list[ResultRow]:
-    return Results(out / directory.RESULTS).rows
+    results = Results(out / directory.RESULTS)
+    results.set_failed_aside()
+    return results.rows
 
 
 def killed_in_the_midst(command: list[str], results: Path, seen: int) -> None:
@@ -109,17 +111,23 @@ def killed_in_the_midst(command: list[str], results: Path, seen: int) -> None:
 
 @pytest.fixture(scope="module")
 def finished(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A comparison that was killed while it ran, and then continued to its end."""
+    """A comparison of which a trial died, that was killed while it ran, and then continued."""
     folder = tmp_path_factory.mktemp("compare")
     data, out = write(folder / "rows.jsonl"), folder / "out"
     command = arguments(model_dir, data, out)
     killed_in_the_midst(command, out / directory.RESULTS, seen=3)
-    assert len(rows_of(out)) < 13
+    first, *others = rows_of(out)
+    assert len(others) < 12
+    kept = [ResultRow(first.trial, FAILED, "killed"), *others]
+    (out / directory.RESULTS).write_text("".join(row.as_json() + "\n" for row in kept))
     return out, result_of(command), command
 
 
 def test_killed_and_continued_it_ran_everything_once(finished: Any) -> None:
     out, _, _ = finished
+    died = Results(out / directory.RESULTS).rows[0]
+    assert died.status == FAILED
+    assert died.trial in [row.trial for row in rows_of(out)]
     trials = Counter((row.trial.arm, row.trial.lr, row.trial.seed) for row in rows_of(out))
     wanted = {("base", None, 0): 1}
     for name in ("lora", "vera", "adalora", "full"):

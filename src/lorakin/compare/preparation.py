@@ -74,6 +74,8 @@ def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
         directory.save(out, options, parts, dtype)
 
     results = Results(out / directory.RESULTS)
+    if count := results.set_failed_aside():
+        console.print(labelled("again    ", f"trials that failed earlier: {count}"))
     comparison_run = PreparedComparison(comparison, out, arms, parts, results, dtype)
     _print_summary(comparison_run, console)
     return comparison_run

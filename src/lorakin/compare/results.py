@@ -187,6 +187,16 @@ class Results:
         if len(complete) < len(content):
             os.truncate(path, len(complete))
 
+    def set_failed_aside(self) -> int:
+        """Leaves out the trials whose process died, so that they run again; returns their number.
+
+        The file keeps them. A trial that diverged would do so again, and stays.
+        """
+        left = [row for row in self.rows if row.status != FAILED]
+        count = len(self.rows) - len(left)
+        self.rows = left
+        return count
+
     def add(self, row: ResultRow) -> None:
         """Appends a row and flushes it to disk."""
         with files.open_for_append(self.path) as file:

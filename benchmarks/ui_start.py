@@ -1,5 +1,7 @@
 """Times `lorakin ui` from the command to a usable page in a browser, beside `import torch`.
 
+It also says what an open page takes of a processor while nobody does anything.
+
 python -m benchmarks.ui_start --rounds 5        # with Chromium
 """
 
@@ -14,10 +16,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from report.browser import Browser, started
 from ui.conftest import Page, Served
+
+SETTLED, WATCHED = 15.0, 20.0
+"""Seconds until an open page has nothing left to do, and then those for which it is watched."""
 
 
 def import_seconds() -> float:
@@ -39,6 +46,33 @@ def page_seconds(browser: Browser) -> float:
             served.stop()
 
 
+def idle_shares(browser: Browser) -> tuple[float, float]:
+    """Returns the parts of a core that the server and the browser take, with the runs in view."""
+    with tempfile.TemporaryDirectory() as folder:
+        served = Served(Path(folder))
+        try:
+            Page(browser, served.address).part("Train")
+            time.sleep(SETTLED)
+            processes = [
+                psutil.Process(p.pid) for p in (served.process, browser.driver.service.process)
+            ]
+            before = [work_of(process) for process in processes]
+            time.sleep(WATCHED)
+            server, shown = (
+                (work_of(process) - was) / WATCHED
+                for process, was in zip(processes, before, strict=True)
+            )
+            return server, shown
+        finally:
+            served.stop()
+
+
+def work_of(process: psutil.Process) -> float:
+    """Returns the processor's seconds of a process and those that it started."""
+    family = [process, *process.children(recursive=True)]
+    return sum(one.cpu_times().user + one.cpu_times().system for one in family)
+
+
 def said(seconds: Sequence[float]) -> str:
     """Returns the median of several figures, and their range.
 
@@ -56,9 +90,11 @@ def main() -> None:
     with started() as browser:
         page_seconds(browser)  # files are cached from here on
         pairs = [(import_seconds(), page_seconds(browser)) for _ in range(rounds)]
+        server, shown = idle_shares(browser)
     print(f"import torch: {said([torch for torch, _ in pairs])} s")
     print(f"lorakin ui, to a usable page: {said([page for _, page in pairs])} s")
     print(f"the page beyond torch: {said([page - torch for torch, page in pairs])} s")
+    print(f"an idle page: {server:.1%} of a core in the server, {shown:.1%} in the browser")
 
 
 if __name__ == "__main__":

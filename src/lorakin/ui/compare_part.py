@@ -18,6 +18,7 @@ from lorakin.ui import jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, follow, note, place_for_problems, when_new
 from lorakin.ui.data_part import FIELDS, DataInputs
 from lorakin.ui.look_part import framed
+from lorakin.ui.ticks import Ticks
 from lorakin.ui.warm import is_done
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ TITLES = ("trial", "state", "tuning loss", "held-out loss", "seconds")
 REPORT = "report.html"
 
 
-def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
+def build(data: DataInputs, folder: Path, ticks: Ticks, tab: Any) -> Any:
     """Builds the part in a tab; returns the component that chooses methods."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -85,14 +86,14 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
     # What it costs was said of another command. Fields also change when their choices come.
     line.change(None, outputs=[costs], js="() => ''", show_progress="hidden")
     cost.click(answered(lambda *values: (_cost(names, *values),), 1), inputs, [costs, problem])
-    chosen = _build_trials(folder, timer)
+    chosen = _build_trials(folder, ticks)
     start.click(
         answered(lambda *values: _started(words(*values)), 1, keeps=True), inputs, [chosen, problem]
     )
     return methods
 
 
-def _build_trials(folder: Path, timer: Any) -> Any:
+def _build_trials(folder: Path, ticks: Ticks) -> Any:
     """Builds the trials of a comparison; returns the component that chooses one."""
     gr.Markdown("## Comparisons")
     with gr.Row():
@@ -111,12 +112,9 @@ def _build_trials(folder: Path, timer: Any) -> Any:
     report = gr.HTML("", elem_id="compare-report")
     seen = gr.State("")
     looked = [chosen, state, table, log]
-    look: dict[str, Any] = {
-        "fn": _trials_when_new(folder, len(looked)), "inputs": [chosen, seen],
-        "outputs": [*looked, seen], "show_progress": "hidden",
-    }  # fmt: skip
-    timer.tick(**look, trigger_mode="once")
-    chosen.input(**look)
+    look = (_trials_when_new(folder, len(looked)), [chosen, seen], [*looked, seen])
+    ticks.add(*look)
+    chosen.input(*look, show_progress="hidden")
     chosen.change(lambda: "", outputs=[problem], show_progress="hidden")  # it was of another one
     pause.click(answered(lambda name: _paused(folder, name), 0), [chosen], [problem])
     show.click(answered(lambda name: (_report(folder, name),), 1), [chosen], [report, problem])

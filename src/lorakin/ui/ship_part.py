@@ -14,6 +14,7 @@ from lorakin.terminal import command
 from lorakin.ui import jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, place_for_problems, when_new
 from lorakin.ui.look_part import adapter_input
+from lorakin.ui.ticks import Ticks
 
 MERGE, PUSH = "merged", "push"
 PLAIN: str = "lora"
@@ -42,7 +43,7 @@ LOGS = ".log"
 """The ending of the file beside an export's directory that says how it was made."""
 
 
-def build(runs_folder: Path, timer: Any, tab: Any) -> Any:
+def build(runs_folder: Path, ticks: Ticks, tab: Any) -> Any:
     """Builds the part in a tab; returns the component that chooses an adapter."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -90,10 +91,11 @@ def build(runs_folder: Path, timer: Any, tab: Any) -> Any:
         answered(lambda *values: _pushed(runs_folder, *values), 0), [adapter, name], [problem]
     )
     seen = gr.State("")
-    timer.tick(
-        when_new(lambda: (exports(runs_folder), _last_log(runs_folder)), 2), [seen],
-        [table, log, seen], show_progress="hidden", trigger_mode="once",
-    )  # fmt: skip
+    ticks.add(
+        when_new(lambda: (exports(runs_folder), _last_log(runs_folder)), 2),
+        [seen],
+        [table, log, seen],
+    )
     return adapter
 
 

@@ -16,6 +16,7 @@ from lorakin.training.run_files import LOG
 from lorakin.ui import curves, data_part, jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, follow, place_for_problems
 from lorakin.ui.data_part import DataInputs
+from lorakin.ui.ticks import Ticks
 
 OPEN = ("method", "rank", "lr", "steps", "epochs", "batch_size")
 GROUPS = {panel: recipe_form.group((*OPEN, "out"), panel) for panel in PANELS if panel != DATA}
@@ -23,13 +24,13 @@ TITLES = ("run", "state", "method", "step", "loss", "held out", "notes")
 CHANGES = "The command and the recipe that the form stands for:"
 
 
-def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
+def build(data: DataInputs, folder: Path, ticks: Ticks, tab: Any) -> Any:
     """Builds the part; returns the component that chooses the method.
 
     Args:
         data: what the part Data says of the data.
         folder: the folder of the runs.
-        timer: ticks when the directories are to be read again.
+        ticks: says when the directories are to be read again.
         tab: the tab in which it is built.
     """
     with gr.Row():
@@ -56,7 +57,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
         "show_progress": "hidden",
     }  # fmt: skip
     gr.on([tab.select, *(component.change for component in inputs)], **told)
-    chosen = _build_runs(folder, timer)
+    chosen = _build_runs(folder, ticks)
     start.click(
         answered(lambda *values: _started(folder, told_names, *values), 1, keeps=True),
         inputs,
@@ -65,7 +66,7 @@ def build(data: DataInputs, folder: Path, timer: Any, tab: Any) -> Any:
     return fields[recipe_form.METHOD]
 
 
-def _build_runs(folder: Path, timer: Any) -> Any:
+def _build_runs(folder: Path, ticks: Ticks) -> Any:
     """Builds the list of runs, with curves; returns the component that chooses one."""
     gr.Markdown("## Runs")
     table = gr.Dataframe(
@@ -92,14 +93,14 @@ def _build_runs(folder: Path, timer: Any) -> Any:
     follow(log)
     seen = gr.State("")
     outputs = [table, chosen, beside, log, *plots, seen]
-    look = {"inputs": [chosen, beside, seen], "outputs": outputs, "show_progress": "hidden"}
 
-    def tick(*values: Any) -> tuple[Any, ...]:
+    def now(*values: Any) -> tuple[Any, ...]:
         return shown_runs(folder, len(outputs), *values)
 
-    timer.tick(tick, **look, trigger_mode="once")
+    look = (now, [chosen, beside, seen], outputs)
+    ticks.add(*look)
     for component in (chosen, beside):
-        component.input(tick, **look)
+        component.input(*look, show_progress="hidden")
     chosen.change(lambda: "", outputs=[problem], show_progress="hidden")  # it was of another one
     pause.click(answered(_asking(folder, PAUSE), 0), [chosen], [problem])
     stop.click(answered(_asking(folder, STOP), 0), [chosen], [problem])

@@ -100,8 +100,10 @@ def test_one_more_value_lands_where_it_is_expected() -> None:
 
 def test_bleu_is_sacrebleu_s_and_a_difference_of_nothing_is_none() -> None:
     right = [["the cat sat on the mat", "a cat sat there"], ["dogs run in the park today"]]
-    good = bleu.WrittenRow("good", 0, ["the cat sat on the mat", "dogs run in the park"], right)
-    bad = bleu.WrittenRow("bad", 0, ["a dog", "the park runs in dogs"], right)
+    good = bleu.WrittenRow(
+        "good", 1e-3, 0, ["the cat sat on the mat", "dogs run in the park"], right
+    )
+    bad = bleu.WrittenRow("bad", 1e-3, 0, ["a dog", "the park runs in dogs"], right)
     references = [[right[0][0], right[1][0]], [right[0][1], None]]
     expected = sacrebleu.corpus_bleu(good.given, references).score  # type: ignore[arg-type]
     assert bleu.bleu_of(good, range(2)) == pytest.approx(expected)
@@ -235,7 +237,7 @@ def test_the_committed_rows_make_the_committed_page() -> None:
     assert kept, "no task's rows are committed"
     made = "\n".join(page.made([e for e, _ in kept], [how for _, how in kept]))
     assert made in text
-    assert page.prior_of([e for e, _ in kept]) == prior()
+    assert page.prior_of(page.finished([e for e, _ in kept])) == prior()
     for found, how in kept:
         trials = archive.load(found.task.name).rows
         rows = [row for row in trials if row.status == DONE]

@@ -28,6 +28,7 @@ class WrittenRow:
     """What one adapter wrote: for each prompt the answer, and the right answers."""
 
     arm: str
+    lr: float
     seed: int
     given: list[str]
     right: list[list[str]]
@@ -39,11 +40,11 @@ def write_missing(task: Task, out: Path, names: Sequence[str], seeds: int) -> No
     No trials may be running: the results file has one reader at a time.
     """
     folder, file = out / task.name, out / task.name / FILE
-    known = {(row.arm, row.seed) for row in read(file)}
+    known = {(row.arm, row.lr, row.seed) for row in read(file)}
     rows = Results(folder / "results.jsonl").rows
     for name in names:
         for row in rows_at_best_rate(name, rows, task.chosen_by):
-            cell = (name, row.trial.seed)
+            cell = (name, row.trial.lr, row.trial.seed)
             if row.status == DONE and row.trial.seed < seeds and cell not in known:
                 with file.open("a", encoding="utf-8") as opened:
                     opened.write(json.dumps(dataclasses.asdict(_written(task, out, row))) + "\n")
@@ -73,7 +74,10 @@ def _written(task: Task, out: Path, row: ResultRow) -> WrittenRow:
     for number, said, asked in zip(answers.groups, answers.given, answers.right, strict=True):
         given[number] = said
         right.setdefault(number, []).append(asked)
-    return WrittenRow(row.trial.arm, row.trial.seed, list(given.values()), list(right.values()))
+    assert row.trial.lr is not None
+    return WrittenRow(
+        row.trial.arm, row.trial.lr, row.trial.seed, list(given.values()), list(right.values())
+    )
 
 
 def bleu_of(row: WrittenRow, prompts: Sequence[int]) -> float:

@@ -79,7 +79,10 @@ def evidence_of(task: Task, kept: archive.Archive) -> Evidence:
     names = [name for name, s in by_name.items() if s.lr is not None]
     sweeps = {name: sweep_figures(name, rows, task.chosen_by) for name in names}
     reported = {name: _reported(name, rows, task.measure) for name in names}
-    return Evidence(task, by_name, archive.load_written(task.name), sweeps, reported)
+    # A rate may have given way to another since its adapter wrote.
+    rates = {name: by_name[name].lr for name in names}
+    written = [row for row in archive.load_written(task.name) if rates.get(row.arm) == row.lr]
+    return Evidence(task, by_name, written, sweeps, reported)
 
 
 def _reported(name: str, rows: Sequence[ResultRow], measure: str) -> dict[float, float]:

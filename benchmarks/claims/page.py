@@ -36,7 +36,7 @@ def write(page: Path, kept: Sequence[tuple[Evidence, dict[str, Any]]]) -> None:
     _, after = rest.split(END)
     lines = "\n".join(made(evidence, hows))
     page.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}", encoding="utf-8")
-    prior = dataclasses.asdict(prior_of(evidence))
+    prior = dataclasses.asdict(prior_of(finished(evidence)))
     PRIOR.write_text(json.dumps(prior, indent=1) + "\n", encoding="utf-8")
     for name, picture in pictures_of(evidence).items():
         picture.draw(archive.FOLDER / name)
@@ -55,8 +55,14 @@ class Picture:
     draw: Callable[[Path], None]
 
 
+def finished(evidence: Sequence[Evidence]) -> list[Evidence]:
+    """Returns the tasks on which every method has run, all if there is none."""
+    return [e for e in evidence if all(name in e.standings for name in METHODS)] or [*evidence]
+
+
 def pictures_of(evidence: Sequence[Evidence]) -> dict[str, Picture]:
-    """Returns the page's pictures by their files, of the methods that ran on all tasks."""
+    """Returns the page's pictures by their files, of the tasks on which every method has run."""
+    evidence = finished(evidence)
     done = [name for name in METHODS if all(name in e.standings for e in evidence)]
     found = {
         "pareto.png": Picture(

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.claims.tasks import Task
 from lorakin.compare.estimates import Estimate
 from lorakin.compare.next_trials import rows_at_best_rate
+from lorakin.compare.report_answers import Array
 from lorakin.compare.results import DONE, ResultRow, Results
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.metrics import draws_of
@@ -82,24 +83,40 @@ def _written(task: Task, out: Path, row: ResultRow) -> WrittenRow:
 
 def bleu_of(row: WrittenRow, prompts: Sequence[int]) -> float:
     """Returns sacrebleu's corpus BLEU, 0 to 100, of these prompts, which may repeat."""
-    import sacrebleu
+    return _bleu(counts_of(row)[list(prompts)].sum(axis=0))
 
-    most = max(len(row.right[n]) for n in prompts)
-    streams = [[(row.right[n] + [None] * most)[k] for n in prompts] for k in range(most)]  # type: ignore[list-item]
-    return float(sacrebleu.corpus_bleu([row.given[n] for n in prompts], streams).score)  # type: ignore[arg-type]
+
+def counts_of(row: WrittenRow) -> Array:
+    """Returns what BLEU counts in each answer, (prompts, 10); a corpus has their sums.
+
+    They are the n-grams that are right and all n-grams, for n from 1 to 4, and the two lengths.
+    """
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(effective_order=True)  # of single sentences sacrebleu warns without it
+    found = [
+        metric.sentence_score(said, asked) for said, asked in zip(row.given, row.right, strict=True)
+    ]
+    return np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found])
+
+
+def _bleu(sums: Array) -> float:
+    from sacrebleu.metrics import BLEU
+
+    right, all_, (said, asked) = (part.tolist() for part in (sums[:4], sums[4:8], sums[8:]))
+    return float(BLEU.compute_bleu(right, all_, said, asked, smooth_method="exp").score)
 
 
 def difference(rows: Sequence[WrittenRow], others: Sequence[WrittenRow]) -> Estimate | None:
     """Returns how much higher the BLEU of an arm is, by seed and on the same draws of prompts."""
-    first, second = ({row.seed: row for row in found} for found in (rows, others))
+    first, second = ({row.seed: counts_of(row) for row in found} for found in (rows, others))
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
     count = len(rows[0].given)
-    every = range(count)
-    values = [bleu_of(first[n], every) - bleu_of(second[n], every) for n in seeds]
-    drawn = []
-    for weights in draws_of(count, DRAWS):
-        prompts = [n for n in every for _ in range(int(weights[n]))]
-        drawn.append([bleu_of(first[n], prompts) - bleu_of(second[n], prompts) for n in seeds])
-    return Estimate.of(values, np.array(drawn).T, count)
+
+    def gaps(weights: Array) -> list[float]:
+        return [_bleu(weights @ first[n]) - _bleu(weights @ second[n]) for n in seeds]
+
+    drawn = [gaps(weights) for weights in draws_of(count, DRAWS)]
+    return Estimate.of(gaps(np.ones(count, int)), np.array(drawn).T, count)

@@ -8,6 +8,7 @@ tasks' differences in points; their errors are independent, so the half widths a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -112,12 +113,15 @@ class Evidence:
         """Returns the difference on GLUE's held-out rows alone; None elsewhere or without runs."""
         if not self.task.added or name not in self.standings:
             return None
-        rows, others = (
-            [without_first(row, self.task.added, self.task.measure) for row in standing.rows]
-            for standing in (self.standings[name], self.standings[other])
-        )
-        found = paired_difference(rows, others, self.task.measure)
+        found = paired_difference(self._own[name], self._own[other], self.task.measure)
         return None if found is None else self._in_units(found)
+
+    @functools.cached_property
+    def _own(self) -> dict[str, list[ResultRow]]:
+        return {
+            name: [without_first(row, self.task.added, self.task.measure) for row in standing.rows]
+            for name, standing in self.standings.items()
+        }
 
     def _in_units(self, found: Estimate) -> Difference:
         return Difference(

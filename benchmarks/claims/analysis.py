@@ -18,7 +18,7 @@ from scipy import stats
 from benchmarks.claims.bleu import WrittenRow
 from benchmarks.claims.tasks import Task
 from lorakin.compare.arms import PLAIN
-from lorakin.compare.estimates import Estimate, holm
+from lorakin.compare.estimates import CONFIDENCE, Estimate, holm
 from lorakin.compare.prior import BETTER, SAME, WORSE
 from lorakin.compare.report_answers import LOSS, ReportAnswers, sign_of
 from lorakin.compare.results import ResultRow
@@ -27,7 +27,6 @@ from lorakin.training.metrics import METRICS
 
 UNKNOWN = "not told apart"
 """What an interval shows that shows none of the prior's verdicts."""
-LEVEL = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +101,20 @@ class Evidence:
         return 1.0 if self.task.measure == LOSS else 0.01
 
     def difference(self, name: str, other: str = "lora") -> Difference | None:
-        """Returns how far an arm is ahead of another; None if one of them has no runs."""
+        """Returns how far an arm is ahead of another; None if that has no interval."""
         if name not in self.standings or other not in self.standings:
             return None
         rows, others = self.standings[name].rows, self.standings[other].rows
         found = paired_difference(rows, others, self.task.measure)
-        return None if found is None else self._in_units(found)
+        return self._in_units(found)
 
     def on_own_rows(self, name: str, other: str = "lora") -> Difference | None:
-        """Returns the difference on GLUE's held-out rows alone; None elsewhere or without runs."""
+        """Returns the difference on GLUE's held-out rows alone; None elsewhere or without one."""
         if not self.task.added or name not in self.standings:
             return None
-        found = paired_difference(self._own[name], self._own[other], self.task.measure)
-        return None if found is None else self._in_units(found)
+        return self._in_units(
+            paired_difference(self._own[name], self._own[other], self.task.measure)
+        )
 
     @functools.cached_property
     def _own(self) -> dict[str, list[ResultRow]]:
@@ -123,7 +123,9 @@ class Evidence:
             for name, standing in self.standings.items()
         }
 
-    def _in_units(self, found: Estimate) -> Difference:
+    def _in_units(self, found: Estimate | None) -> Difference | None:
+        if found is None or math.isinf(found.half_width):
+            return None
         return Difference(
             found.mean / self.unit,
             found.half_width / self.unit,
@@ -166,29 +168,30 @@ def over_tasks(differences: Sequence[Difference]) -> Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A method beside LoRA, as one of several that were looked at.
+    """An arm beside LoRA, as one of several that were looked at.
 
     Attributes:
         difference: how far it is ahead.
-        p: the p-value against 0, corrected for the number of methods.
+        p: a method's p-value against 0, corrected for the number of methods; None for other arms.
     """
 
     difference: Difference
-    p: float
+    p: float | None
 
     @property
     def verdict(self) -> str:
         """What the interval shows; a difference counts only if the corrected p-value says so too."""
         found = self.difference.verdict
-        return UNKNOWN if found in (BETTER, WORSE) and self.p >= LEVEL else found
+        by_chance = self.p is not None and self.p >= 1 - CONFIDENCE
+        return UNKNOWN if by_chance and found in (BETTER, WORSE) else found
 
 
-def judged_together(e: Evidence, names: Sequence[str]) -> dict[str, Judged]:
-    """Returns how the methods of a task that have intervals stand beside LoRA, after Holm."""
-    found = {name: e.difference(name) for name in names if name != PLAIN}
-    known = {name: d for name, d in found.items() if d is not None and math.isfinite(d.half)}
-    p = holm({name: d.p for name, d in known.items()})
-    return {name: Judged(d, p[name]) for name, d in known.items()}
+def judged_together(e: Evidence, methods: Sequence[str]) -> dict[str, Judged]:
+    """Returns how a task's arms that have intervals stand beside LoRA; Holm counts the methods."""
+    found = {name: e.difference(name) for name in e.standings if name != PLAIN}
+    known = {name: d for name, d in found.items() if d is not None}
+    p = holm({name: d.p for name, d in known.items() if name in methods})
+    return {name: Judged(d, p.get(name)) for name, d in known.items()}
 
 
 def ranks(evidence: Sequence[Evidence], names: Sequence[str]) -> dict[str, float]:

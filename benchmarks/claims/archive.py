@@ -27,6 +27,8 @@ MOVES_OF = ("lora", "dora", "full")
 WRITTEN = "written.jsonl.xz"
 RESTORED = "restored.json"
 """The file of a task's directory that says where the trials ran that it began with."""
+MEASURED_HERE = ("step_work", "peak_bytes")
+"""Figures of a trial that depend on the machine."""
 HEAD = "study"
 """The key of the first line, which says how the task was run."""
 
@@ -88,10 +90,6 @@ def load(task: str) -> Archive:
     text = lzma.decompress(path_of(task).read_bytes()).decode()
     first, *lines = text.splitlines()
     return Archive(json.loads(first)[HEAD], [ResultRow.from_json(line) for line in lines])
-
-
-MEASURED_HERE = ("step_work", "peak_bytes")
-"""Figures of a trial that depend on the machine."""
 
 
 def on_the_first_machine(archive: Archive, plain: str) -> list[ResultRow]:

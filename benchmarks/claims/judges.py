@@ -47,7 +47,7 @@ def unit_of(e: Evidence) -> str:
 def differences(evidence: Sequence[Evidence], name: str, other: str) -> dict[str, Difference]:
     """Returns task → how far an arm is ahead of another there."""
     found = {e.task.title: e.difference(name, other) for e in evidence}
-    return {title: d for title, d in found.items() if d is not None and math.isfinite(d.half)}
+    return {title: d for title, d in found.items() if d is not None}
 
 
 def compared(

@@ -88,8 +88,11 @@ def prior_of(evidence: Sequence[Evidence]) -> Prior:
     """Returns on how many tasks each method was better than tuned LoRA, the same, or worse."""
     found: dict[str, dict[str, int]] = {}
     for e in evidence:
-        for name, one in judged_together(e, METHODS).items():
-            counts = found.setdefault(name, {})
+        judged = judged_together(e, METHODS)
+        for name in METHODS:
+            if name not in judged:
+                continue
+            one, counts = judged[name], found.setdefault(name, {})
             if one.verdict != UNKNOWN:
                 counts[one.verdict] = counts.get(one.verdict, 0) + 1
     return Prior([e.task.title for e in evidence], found)
@@ -254,17 +257,15 @@ def bleu_table(e: Evidence) -> Iterator[str]:
 
 
 def _cells(e: Evidence, name: str, s: Standing, one: Judged | None) -> Iterator[str]:
-    d = one.difference if one else e.difference(name) if name != "lora" else None
-    known = d if d is not None and math.isfinite(d.half) else None
     yield s.arm.title
     yield str(len(s.done)) if s.lr else "–"
     yield "–" if s.quality is None else with_interval(s.quality, e.task.measure)
-    yield written(known, unit_of(e)) if known else "–"
+    yield written(one.difference, unit_of(e)) if one else "–"
     if e.task.added:
-        own = e.on_own_rows(name) if known else None
+        own = e.on_own_rows(name) if one else None
         yield written(own, unit_of(e)) if own else "–"
-    yield f"{one.p:.2g}" if one else "–"
-    yield one.verdict if one else known.verdict if known else "–"
+    yield f"{one.p:.2g}" if one and one.p is not None else "–"
+    yield one.verdict if one else "–"
     yield f"{s.lr:g}{' (edge)' if s.at_edge else ''}" if s.lr else "–"
     yield f"{s.trained:,}" if s.lr and s.trained else "–"
     for ratio in (s.time, s.memory):

@@ -12,8 +12,6 @@ import matplotlib
 
 from benchmarks.claims.analysis import Evidence, critical_difference, ranks
 from benchmarks.claims.judges import ratio
-from lorakin.compare.arms import BASE
-from lorakin.compare.constant import CONSTANT
 
 AXES = {"trained": "trained parameters", "memory": "memory", "time": "time of a step"}
 REFERENCE = "lora"
@@ -61,20 +59,11 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _point(evidence: Sequence[Evidence], arm: str, figure: str) -> tuple[float, float] | None:
     shares, ratios = [], []
     for e in evidence:
-        share, x = share_of_gain(e, arm), ratio(e, arm, figure)
-        if share is not None and x:
-            shares.append(share)
+        standing, x = e.standings.get(arm), ratio(e, arm, figure)
+        if standing is not None and standing.share is not None and x:
+            shares.append(standing.share)
             ratios.append(math.log(x))
     return (math.exp(statistics.fmean(ratios)), statistics.fmean(shares)) if shares else None
-
-
-def share_of_gain(e: Evidence, arm: str) -> float | None:
-    """Returns the part of LoRA's improvement over the base or a constant that an arm reaches."""
-    zeros = [d.mean for name in (BASE, CONSTANT.name) if (d := e.difference(name)) is not None]
-    ahead = e.difference(arm)
-    if (arm != REFERENCE and ahead is None) or not zeros:
-        return None
-    return 1 - (ahead.mean if ahead and arm != REFERENCE else 0.0) / max(zeros)
 
 
 def critical_differences(evidence: Sequence[Evidence], names: Sequence[str], path: Path) -> None:

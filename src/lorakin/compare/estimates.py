@@ -60,7 +60,7 @@ class Estimate:
 
         Args:
             values: one for each seed.
-            draws: each under each draw of the report rows, (seeds, draws), if that is known.
+            draws: each seed's under each draw of the report rows, (seeds, draws), if it is known.
             rows: the number of those rows.
         """
         mean, count = statistics.fmean(values), len(values)

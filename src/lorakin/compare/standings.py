@@ -150,15 +150,16 @@ def _with_shares(
     """
     sign = sign_of(measure)
     known = [(sign * value, zero) for zero in zeros if (value := _mean(zero, measure)) is not None]
-    best, zero = max(known, key=lambda pair: pair[0], default=(0.0, []))
+    _, zero = max(known, key=lambda pair: pair[0], default=(0.0, []))
     improvement = paired_difference(plain, zero, measure)
     if improvement is None or improvement.mean <= 0 or not improvement.excludes_zero:
         return list(standings)
     total = improvement.mean
+    # From the difference by seed, since an arm may have fewer seeds than plain LoRA.
     return [
         s
         if s.quality is None
-        else dataclasses.replace(s, share=(sign * s.quality.mean - best) / total)
+        else dataclasses.replace(s, share=1 + (s.ahead.mean if s.ahead else 0.0) / total)
         for s in standings
     ]
 
@@ -203,7 +204,10 @@ def paired_difference(
 def paired_figures(
     rows: Sequence[ResultRow], others: Sequence[ResultRow], measure: str
 ) -> tuple[list[float], Array | None, int] | None:
-    """Returns what `Estimate.of` takes for that difference; None: no seed has both."""
+    """Returns that difference for each seed, the same under each draw, and the number of rows.
+
+    They are the arguments of `Estimate.of`. None: no seed has a finished run in both.
+    """
     first, second = _by_seed(rows, measure), _by_seed(others, measure)
     if not first or not second:
         return None

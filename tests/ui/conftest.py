@@ -18,6 +18,7 @@ from selenium.webdriver.common.keys import Keys
 
 import soak
 from conftest import interruptible
+from lorakin.ui import jobs, runs
 from report.browser import Browser, browser
 
 __all__ = ["browser"]
@@ -193,6 +194,9 @@ def served(tmp_path: Path) -> Iterator[Served]:
         yield found
     finally:
         found.stop()
+        for run in runs.listed(folder):  # they outlive the page
+            if run.state == runs.RUNNING:
+                jobs.interrupt(run.path)
 
 
 @pytest.fixture

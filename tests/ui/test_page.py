@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import soak
 from lorakin.ui import runs
+from lorakin.ui.ticks import SECONDS
 from report.browser import Browser
 from ui.conftest import PARTS, Page, Served, questions
 
@@ -103,6 +104,11 @@ def test_a_run_outlives_the_server_and_two_pages_show_the_same(
     page.wait(lambda: state_of(served.folder, "long") == runs.RUNNING and runs.read(folder).step)
     page.press("start")  # a busy directory
     page.problem("long")
+    browser.requests()
+    time.sleep(3 * SECONDS)
+    page.problem("long")  # it stays
+    asked = [url for url in browser.requests() if url.endswith("/queue/join")]
+    assert len(asked) <= 4, "more than the timer"
     served.kill()
     before = runs.read(folder).step
     page.wait(lambda: runs.read(folder).step > before)

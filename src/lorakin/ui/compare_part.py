@@ -16,6 +16,7 @@ from lorakin.terminal import Terminal, command
 from lorakin.training.run_files import LOG
 from lorakin.ui import jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, follow, note, place_for_problems, when_new
+from lorakin.ui.changes import change_of, emptied_by_edits
 from lorakin.ui.data_part import FIELDS, DataInputs
 from lorakin.ui.look_part import framed
 from lorakin.ui.ticks import Ticks
@@ -66,6 +67,7 @@ def build(data: DataInputs, folder: Path, ticks: Ticks, tab: Any) -> Any:
             cost = gr.Button("What it costs", elem_id="cost")
             costs = gr.Textbox(label="The cost", lines=4, interactive=False, elem_id="costs")
             start = gr.Button("Start or resume", variant="primary", elem_id="compare")
+            refused = place_for_problems()
     of_data = [
         component
         for name, component in zip(data.names, data.components, strict=True)
@@ -73,22 +75,26 @@ def build(data: DataInputs, folder: Path, ticks: Ticks, tab: Any) -> Any:
     ]
     names = (*(name for name in data.names if name in OF_A_RECIPE), *fields)
     inputs = [data.model, data.data, out, methods, *own.values(), *of_data, *fields.values()]
+    of_this = [out, methods, *own.values(), *fields.values()]
 
     def words(*values: Any) -> list[str]:
         _comparison(names, "unused", *values)  # what is out of its range is said here
         return _words(folder, names, *values)
 
+    changes = [change_of([data.model, data.data, *of_data])]
+    changes += [component.change for component in of_this]
     gr.on(
-        [tab.select, *(component.change for component in inputs)],
+        [tab.select, *changes],
         answered(lambda *values: (command("lorakin", *words(*values)),), 1), inputs,
         [line, problem], show_progress="hidden", trigger_mode="always_last",
     )  # fmt: skip
     # What it costs was said of another command. Fields also change when their choices come.
     line.change(None, outputs=[costs], js="() => ''", show_progress="hidden")
-    cost.click(answered(lambda *values: (_cost(names, *values),), 1), inputs, [costs, problem])
+    cost.click(answered(lambda *values: (_cost(names, *values),), 1), inputs, [costs, refused])
+    emptied_by_edits(refused, inputs)
     chosen = _build_trials(folder, ticks)
     start.click(
-        answered(lambda *values: _started(words(*values)), 1, keeps=True), inputs, [chosen, problem]
+        answered(lambda *values: _started(words(*values)), 1, keeps=True), inputs, [chosen, refused]
     )
     return methods
 

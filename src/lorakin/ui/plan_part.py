@@ -11,6 +11,7 @@ from lorakin.terminal import command
 from lorakin.training.recipe_words import defaults
 from lorakin.ui import recipe_form
 from lorakin.ui.answered import answered, command_box, note, place_for_problems
+from lorakin.ui.changes import change_of
 from lorakin.ui.data_part import DataInputs
 
 OPEN = ("rank", "batch_size", "max_length")
@@ -58,7 +59,8 @@ def build(data: DataInputs, tab: Any) -> Any:
         "inputs": inputs, "outputs": [*outputs, problem], "trigger_mode": "always_last",
         "show_progress": "full",
     }  # fmt: skip
-    gr.on([refresh.click, tab.select, *(component.change for component in inputs)], **told)
+    changes = [change_of([data.model]), *(component.change for component in inputs[1:])]
+    gr.on([refresh.click, tab.select, *changes], **told)
     return methods
 
 

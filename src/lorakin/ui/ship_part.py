@@ -13,6 +13,7 @@ from lorakin.errors import OutputError, SettingError
 from lorakin.terminal import command
 from lorakin.ui import jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, place_for_problems, when_new
+from lorakin.ui.changes import emptied_by_edits
 from lorakin.ui.look_part import adapter_input
 from lorakin.ui.ticks import Ticks
 
@@ -61,11 +62,13 @@ def build(runs_folder: Path, ticks: Ticks, tab: Any) -> Any:
                 label="portable", info="One rank for all modules and scale 1, for plain LoRA only."
             )
             start = gr.Button("Export", variant="primary", elem_id="export")
+            refused = place_for_problems()
             name = gr.Textbox(
                 label="repository", placeholder="org/name",
                 info="On the hub; the adapter is uploaded there, with the token of this machine.",
             )  # fmt: skip
             push = gr.Button("Push to the hub", elem_id="push")
+            unpushed = place_for_problems()
         with gr.Column(scale=3, min_width=300):
             problem = place_for_problems()
             line = command_box("ship-command")
@@ -86,10 +89,12 @@ def build(runs_folder: Path, ticks: Ticks, tab: Any) -> Any:
         [tab.select, *(component.change for component in inputs)], answered(words, 2), inputs,
         [line, serve, problem], show_progress="hidden", trigger_mode="always_last",
     )  # fmt: skip
-    start.click(answered(lambda *values: _started(runs_folder, *values), 0), inputs, [problem])
+    start.click(answered(lambda *values: _started(runs_folder, *values), 0), inputs, [refused])
     push.click(
-        answered(lambda *values: _pushed(runs_folder, *values), 0), [adapter, name], [problem]
+        answered(lambda *values: _pushed(runs_folder, *values), 0), [adapter, name], [unpushed]
     )
+    emptied_by_edits(refused, inputs)
+    emptied_by_edits(unpushed, [adapter, name])
     seen = gr.State("")
     ticks.add(
         when_new(lambda: (exports(runs_folder), _last_log(runs_folder)), 2),

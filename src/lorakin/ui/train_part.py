@@ -15,6 +15,7 @@ from lorakin.training.requests import PAUSE, STOP, Request, ask
 from lorakin.training.run_files import LOG
 from lorakin.ui import curves, data_part, jobs, recipe_form, runs
 from lorakin.ui.answered import answered, command_box, follow, place_for_problems
+from lorakin.ui.changes import change_of, emptied_by_edits
 from lorakin.ui.data_part import DataInputs
 from lorakin.ui.ticks import Ticks
 
@@ -49,6 +50,7 @@ def build(data: DataInputs, folder: Path, ticks: Ticks, tab: Any) -> Any:
                 elem_id="train-recipe",
             )  # fmt: skip
             start = gr.Button("Start", variant="primary", elem_id="start")
+            refused = place_for_problems()
     told_names = (*data.names, *fields)
     inputs = [name, *data.components, *fields.values()]
     told: dict[str, Any] = {
@@ -56,12 +58,15 @@ def build(data: DataInputs, folder: Path, ticks: Ticks, tab: Any) -> Any:
         "inputs": inputs, "outputs": [line, recipe, problem], "trigger_mode": "always_last",
         "show_progress": "hidden",
     }  # fmt: skip
-    gr.on([tab.select, *(component.change for component in inputs)], **told)
+    own = [name, *fields.values()]
+    changes = [change_of(data.components), *(component.change for component in own)]
+    gr.on([tab.select, *changes], **told)
+    emptied_by_edits(refused, inputs)
     chosen = _build_runs(folder, ticks)
     start.click(
         answered(lambda *values: _started(folder, told_names, *values), 1, keeps=True),
         inputs,
-        [chosen, problem],
+        [chosen, refused],
     )
     return fields[recipe_form.METHOD]
 

@@ -79,21 +79,6 @@ def emptied(count: int) -> list[Any]:
     return [gr.update(value=None) for _ in range(count)]
 
 
-def when_new(read: Callable[..., tuple[Any, ...]], count: int) -> Callable[..., tuple[Any, ...]]:
-    """Returns a handler for a timer: of what it reads, `count` values, and how it looks.
-
-    The last input is how it looked before; nothing changes where it looks the same.
-    """
-
-    def handler(*values: Any) -> tuple[Any, ...]:
-        now = read(*values[:-1])
-        if repr(now) == values[-1]:
-            return tuple(gr.skip() for _ in range(count + 1))
-        return (*now, repr(now))
-
-    return handler
-
-
 def place_for_problems() -> Any:
     """Returns the component that shows them."""
     return gr.HTML("", padding=False)

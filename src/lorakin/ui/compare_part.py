@@ -15,7 +15,7 @@ from lorakin.errors import OutputError, SettingError, StateError
 from lorakin.terminal import Terminal, command
 from lorakin.training.run_files import LOG
 from lorakin.ui import jobs, recipe_form, runs
-from lorakin.ui.answered import answered, command_box, follow, note, place_for_problems, when_new
+from lorakin.ui.answered import answered, command_box, follow, note, place_for_problems
 from lorakin.ui.changes import change_of, emptied_by_edits
 from lorakin.ui.data_part import FIELDS, DataInputs
 from lorakin.ui.look_part import framed
@@ -116,29 +116,29 @@ def _build_trials(folder: Path, ticks: Ticks) -> Any:
     )
     follow(log)
     report = gr.HTML("", elem_id="compare-report")
-    seen = gr.State("")
-    looked = [chosen, state, table, log]
-    look = (_trials_when_new(folder, len(looked)), [chosen, seen], [*looked, seen])
-    ticks.add(*look)
-    chosen.input(*look, show_progress="hidden")
+    look = ticks.follow(
+        lambda name: _there_now(folder, name), _shown, [chosen], [chosen, state, table, log]
+    )
+    chosen.input(**look, show_progress="hidden")
     chosen.change(lambda: "", outputs=[problem], show_progress="hidden")  # it was of another one
     pause.click(answered(lambda name: _paused(folder, name), 0), [chosen], [problem])
     show.click(answered(lambda name: (_report(folder, name),), 1), [chosen], [report, problem])
     return chosen
 
 
-def _trials_when_new(folder: Path, count: int) -> Any:
-    def read(chosen: str | None) -> tuple[Any, ...]:
-        found = {run.name: run for run in runs.listed(folder) if run.kind == runs.COMPARISON}
-        name = chosen if chosen in found else next(iter(found), None)
-        names = gr.Dropdown([*found], value=name)
-        if name is None:
-            return names, "", [], ""
-        run = found[name]
-        state = f"{run.name}: {run.state}" + (f". {run.reason}" if run.reason else "")
-        return names, note(state), trials(run.path), runs.log_of(run.path / LOG)
+def _there_now(folder: Path, chosen: str | None) -> tuple[Any, ...]:
+    """Returns the comparisons' names, the one that is shown, its state, trials and log."""
+    found = {run.name: run for run in runs.listed(folder) if run.kind == runs.COMPARISON}
+    name = chosen if chosen in found else next(iter(found), None)
+    if name is None:
+        return [], None, "", [], ""
+    run = found[name]
+    state = f"{run.name}: {run.state}" + (f". {run.reason}" if run.reason else "")
+    return [*found], name, note(state), trials(run.path), runs.log_of(run.path / LOG)
 
-    return when_new(read, count)
+
+def _shown(names: list[str], chosen: str | None, *values: Any) -> tuple[Any, ...]:
+    return (gr.Dropdown(names, value=chosen), *values)
 
 
 def trials(path: Path) -> list[list[str]]:

@@ -84,16 +84,21 @@ def build(runs: Path) -> Any:
 
 def _follow_adapters(inputs: list[Any], runs: Path, ticks: Ticks) -> None:
     """Offers the adapters that there are, as they come."""
-    seen = gr.State([])
+    offered = gr.State([])
 
-    def choices(*values: Any) -> tuple[Any, ...]:
-        before, now = values[-1], run_list.adapters(runs) if warm.is_done() else values[-1]
-        if now == before:
-            return tuple(gr.skip() for _ in values)
-        chosen = (still_chosen(one, before, now) for one in values[:-1])
-        return (*(gr.Dropdown([*now], value=one) for one in chosen), now)
+    def there_now(*values: Any) -> tuple[Any, ...]:
+        *chosen, before = values
+        now = run_list.adapters(runs) if warm.is_done() else before
+        then = [still_chosen(one, before, now) for one in chosen]
+        # What stays is not sent: the user may have chosen another one since.
+        return now, [
+            {} if one == at else {"value": at} for one, at in zip(chosen, then, strict=True)
+        ]
 
-    ticks.add(choices, [*inputs, seen], [*inputs, seen])
+    def shown(now: list[tuple[str, str]], changes: list[dict[str, str | None]]) -> tuple[Any, ...]:
+        return (*(gr.Dropdown([*now], **change) for change in changes), now)
+
+    ticks.follow(there_now, shown, [*inputs, offered], [*inputs, offered])
 
 
 def still_chosen(

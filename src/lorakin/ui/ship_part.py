@@ -12,7 +12,7 @@ import gradio as gr
 from lorakin.errors import OutputError, SettingError
 from lorakin.terminal import command
 from lorakin.ui import jobs, recipe_form, runs
-from lorakin.ui.answered import answered, command_box, place_for_problems, when_new
+from lorakin.ui.answered import answered, command_box, place_for_problems
 from lorakin.ui.changes import emptied_by_edits
 from lorakin.ui.look_part import adapter_input
 from lorakin.ui.ticks import Ticks
@@ -95,11 +95,11 @@ def build(runs_folder: Path, ticks: Ticks, tab: Any) -> Any:
     )
     emptied_by_edits(refused, inputs)
     emptied_by_edits(unpushed, [adapter, name])
-    seen = gr.State("")
-    ticks.add(
-        when_new(lambda: (exports(runs_folder), _last_log(runs_folder)), 2),
-        [seen],
-        [table, log, seen],
+    ticks.follow(
+        lambda: (exports(runs_folder), _last_log(runs_folder)),
+        lambda *found: found,
+        [],
+        [table, log],
     )
     return adapter
 

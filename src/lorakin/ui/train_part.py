@@ -96,16 +96,14 @@ def _build_runs(folder: Path, ticks: Ticks) -> Any:
                 for number, title in enumerate(curves.CURVES)
             ]
     follow(log)
-    seen = gr.State("")
-    outputs = [table, chosen, beside, log, *plots, seen]
-
-    def now(*values: Any) -> tuple[Any, ...]:
-        return shown_runs(folder, len(outputs), *values)
-
-    look = (now, [chosen, beside, seen], outputs)
-    ticks.add(*look)
+    look = ticks.follow(
+        lambda *values: _there_now(folder, *values),
+        lambda *found: _shown(folder, *found),
+        [chosen, beside],
+        [table, chosen, beside, log, *plots],
+    )
     for component in (chosen, beside):
-        component.input(*look, show_progress="hidden")
+        component.input(**look, show_progress="hidden")
     chosen.change(lambda: "", outputs=[problem], show_progress="hidden")  # it was of another one
     pause.click(answered(_asking(folder, PAUSE), 0), [chosen], [problem])
     stop.click(answered(_asking(folder, STOP), 0), [chosen], [problem])
@@ -113,18 +111,19 @@ def _build_runs(folder: Path, ticks: Ticks) -> Any:
     return chosen
 
 
-def shown_runs(
-    folder: Path, count: int, chosen: str | None, beside: Sequence[str], seen: str
-) -> tuple[Any, ...]:
-    """Returns what the list of runs shows now; `count` values that change nothing if it is same."""
+def _there_now(folder: Path, chosen: str | None, beside: Sequence[str]) -> tuple[Any, ...]:
+    """Returns the runs, the one that is shown, those beside it, and what the shown one prints."""
     found = [run for run in runs.listed(folder) if run.kind == runs.TRAINING]
     names = [run.name for run in found]
     chosen = chosen if chosen in names else (names[0] if names else None)
     beside = [name for name in beside if name in names and name != chosen]
-    log = runs.log_of(folder / chosen / LOG) if chosen else ""
-    now = repr((found, chosen, beside, log))
-    if now == seen:
-        return tuple(gr.skip() for _ in range(count))
+    return found, chosen, beside, runs.log_of(folder / chosen / LOG) if chosen else ""
+
+
+def _shown(
+    folder: Path, found: Sequence[runs.ListedRun], chosen: str | None, beside: list[str], log: str
+) -> tuple[Any, ...]:
+    names = [run.name for run in found]
     drawn = [folder / name for name in ([chosen] if chosen else []) + beside]
     return (
         [_cells(run) for run in found],
@@ -132,7 +131,6 @@ def shown_runs(
         gr.CheckboxGroup([name for name in names if name != chosen], value=beside),
         log,
         *curves.charts_of(drawn),
-        now,
     )
 
 

@@ -308,6 +308,34 @@ def test_what_a_template_drops_is_seen_though_its_words_stand_elsewhere(
         )
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "Say yes or no"}, user("yes"), reply("no")],
+        [{"role": "system", "content": "a b a"}, user("a"), reply("b"), user("a"), reply("a")],
+        [
+            {"role": "system", "content": "in French"},
+            user("Say it in French: hello?"),
+            {"role": "developer", "content": "French"},
+            reply("Bonjour"),
+        ],
+    ],
+)
+@pytest.mark.parametrize("loss_on", [LAST, "all"])
+def test_what_is_said_may_stand_in_the_systems_words_too(
+    messages: list[dict[str, Any]], loss_on: str
+) -> None:
+    ids, labels = Answers(Template(tokenizer_of(CHATML))).encode(
+        Conversation(messages, [None] * len(messages)), loss_on
+    )
+    assert len(ids) == len(labels)
+    dropping = CHATML.replace("in messages", "in messages[1:]")
+    with pytest.raises(lk.DataError):
+        Answers(Template(tokenizer_of(dropping))).encode(
+            Conversation(messages, [None] * len(messages)), loss_on
+        )
+
+
 def test_the_loss_on_all_drops_no_reasoning() -> None:
     template = Template(tokenizer_of(CHATML))
     for message in (reply("ans", reasoning_content="secret"), reply("f", tool_calls=CALLS)):

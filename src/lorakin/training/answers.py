@@ -9,6 +9,7 @@ is only what the template writes. A conversation that fails a check is refused.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -18,13 +19,15 @@ from typing import Any
 from lorakin.errors import DataError
 from lorakin.training.contents import Conversation
 from lorakin.training.message_words import (
+    MOST_CHOICES,
     THOUGHTS,
     WORDS,
     Message,
     arguments,
     find_anywhere,
     find_words,
-    occurs_in_pieces,
+    first_missing,
+    placements,
     short,
     spoken_parts,
     with_thoughts,
@@ -238,23 +241,27 @@ class Answers:
             raise DataError(
                 "the chat template does not write the row's tools; use a model whose template does"
             )
-        position = 0
-        places: list[Span] = []
+        parts = [
+            (number, part)
+            for number, message in enumerate(messages)
+            for part in [*spoken_parts(message, thoughts=number in learned), *arguments(message)]
+        ]
         system = [message["role"] in ("system", "developer") for message in messages]
-        for number in sorted(range(len(messages)), key=system.__getitem__):
-            message, anywhere = messages[number], system[number]
-            for part in [*spoken_parts(message, thoughts=number in learned), *arguments(message)]:
-                start, taken = (0, places) if anywhere else (position, [])
-                place = find_words(part, prompt, start, taken)
-                if place is None and not occurs_in_pieces(part, prompt):
-                    raise DataError(
-                        f"the chat template drops message {number + 1}, "
-                        f"from the {message['role']}: {short(part)}"
-                    )
-                if place is not None and not anywhere:
-                    places.append(place)
-                    # The parts of a call stand in any order.
-                    position = place[0] if message.get("tool_calls") else place[1]
+        told = [one for one in parts if system[one[0]]]
+        said = [one for one in parts if not system[one[0]]]
+        lost = first_missing(said, messages, prompt)
+        if lost is None:
+            # What the user says may stand in the system's words, too: "yes" in "say yes or no".
+            choices = itertools.islice(placements([part for _, part in told], prompt), MOST_CHOICES)
+            if any(first_missing(said, messages, prompt, taken) is None for taken in choices):
+                return
+            found = (one for one in told if find_words(one[1], prompt, 0) is None)
+            lost = next(found, told[0])
+        number, part = lost
+        raise DataError(
+            f"the chat template drops message {number + 1}, from the {messages[number]['role']}: "
+            f"{short(part)}"
+        )
 
     def _without_tools(self, messages: Sequence[Message]) -> str:
         try:

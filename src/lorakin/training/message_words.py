@@ -9,6 +9,8 @@ from typing import Any
 
 THOUGHTS = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
 WORDS = re.compile(r"\w+")
+MOST_CHOICES = 1000
+"""Of the places where the system's words could stand, as many are tried."""
 
 Message = Mapping[str, Any]
 
@@ -100,6 +102,51 @@ def find_words(
 def occurs_in_pieces(part: str, text: str) -> bool:
     """Returns whether `text` has all words of a JSON text: templates rewrite tools' results."""
     return part.lstrip()[:1] in ("{", "[") and all(word in text for word in WORDS.findall(part))
+
+
+def first_missing(
+    parts: Sequence[tuple[int, str]],
+    messages: Sequence[Message],
+    text: str,
+    taken: Sequence[tuple[int, int]] = (),
+) -> tuple[int, str] | None:
+    """Returns the first part that does not stand in a text after those before it, if there is one.
+
+    Args:
+        parts: each with its message's number.
+        messages: the messages.
+        text: where the parts should stand.
+        taken: places that do not count.
+    """
+    position = 0
+    for number, part in parts:
+        place = find_words(part, text, position, taken)
+        if place is not None:
+            # The parts of a call stand in any order.
+            position = place[0] if messages[number].get("tool_calls") else place[1]
+        elif not occurs_in_pieces(part, text):
+            return number, part
+    return None
+
+
+def placements(
+    parts: Sequence[str], text: str, taken: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Yields the choices of places for parts that may stand anywhere, but not on each other.
+
+    >>> list(placements(["a", "b"], "a b a"))
+    [((0, 1), (2, 3)), ((4, 5), (2, 3))]
+    """
+    if not parts:
+        yield taken
+        return
+    first, *others = parts
+    place = find_words(first, text, 0, taken)
+    if place is None and occurs_in_pieces(first, text):
+        yield from placements(others, text, taken)
+    while place is not None:
+        yield from placements(others, text, (*taken, place))
+        place = find_words(first, text, place[0] + 1, taken)
 
 
 def short(text: str) -> str:

@@ -34,7 +34,7 @@ class Design:
         of_seeds: the deviation over seeds of DoRA's difference from LoRA, on these rows.
         of_rows: σ_r, the deviation over rows of what moves all seeds alike.
         of_both: σ_b, the deviation of a seed and a row together.
-        rows: the rows that are reported on.
+        rows: the rows that are reported on or, where they share prompts, the prompts.
         half: the half width that the study's seeds give with these rows.
         seeds_needed: seeds for the target with these rows; None: no number of seeds reaches it.
         rows_needed: rows for the target with the study's seeds; None: no number of rows does.
@@ -57,7 +57,7 @@ def design(e: Evidence, seeds: int) -> Design | None:
     found = paired_figures(other.rows, plain.rows, e.task.measure)
     if found is None or len(found[0]) < 2 or found[1] is None:
         return None
-    values, draws, rows = np.array(found[0]) / e.unit, found[1] / e.unit, found[2]
+    values, draws, rows = np.array(found[0]) / e.unit, found[1] / e.unit, found[3] or found[2]
     shared = shared_variance(draws)
     of_both = math.sqrt(max(0.0, rows * (float(draws.var(axis=1, ddof=1).mean()) - shared)))
     of_rows, of_seeds = math.sqrt(rows * shared), float(values.std(ddof=1))

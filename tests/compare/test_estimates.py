@@ -21,6 +21,9 @@ def test_what_rows_do_to_all_runs_is_added_in_squares() -> None:
     assert both.half_width == pytest.approx(math.hypot(of_seeds, of_rows))
     assert both.half_of_rows == pytest.approx(of_rows)
     assert (both.rows, Estimate.of([1.0, 2.0]).rows) == (101, 0)
+    by_prompt = Estimate.of(values, np.stack([alike, alike + 5, alike]), rows=101, prompts=21)
+    assert by_prompt.half_of_rows == pytest.approx(float(stats.t.isf(0.025, 20)))
+    assert by_prompt.as_dict()["prompts"] == 21
     alone = np.array([[1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])  # each row moves one run
     apart = Estimate.of(values, alone, rows=101)
     assert apart.half_width == pytest.approx(of_seeds)

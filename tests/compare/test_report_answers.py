@@ -53,6 +53,17 @@ def test_a_language_model_s_draw_is_a_mean_over_tokens() -> None:
     assert ReportAnswers([2.0, 9.0], [1, 3]).drawn("accuracy") is None
 
 
+def test_rows_of_one_prompt_are_drawn_together() -> None:
+    kept = ReportAnswers([2.0, 9.0, 1.0], [1, 3, 2], groups=[0, 1, 0])
+    found = kept.drawn("loss")
+    assert found is not None and kept.prompts == 2
+    for n, times in enumerate(draws_of(2, DRAWS)[:20]):
+        losses, counts = times @ [3, 9], times @ [3, 3]
+        assert found[n] == pytest.approx(losses / counts)
+    for edited in ([0, 1], [0, 1, 3]):
+        assert ReportAnswers([2.0, 9.0, 1.0], [1, 3, 2], groups=edited).drawn("loss") is None
+
+
 @pytest.mark.parametrize(
     ("right", "given"),
     [

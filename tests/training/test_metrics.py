@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 import lorakin as lk
-from lorakin.training.metrics import METRICS, check_metric, figures, mean_interval
+from lorakin.training.metrics import METRICS, check_metric, draws_of, figures, mean_interval
 from lorakin.training.paired import paired
 from lorakin.training.tasks import Evaluation, RowAnswers
 
@@ -22,6 +22,22 @@ def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
         low, high = mean_interval(1 - wrong, np.ones(150))
         covered += low <= 0.7 <= high
     assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_rows_of_one_prompt_are_drawn_together() -> None:
+    """Of 40 prompts with 8 answers each, drawn anew each time; the truth is 0."""
+    chance, groups = np.random.default_rng(0), np.repeat(np.arange(40), 8)
+    covered, alone = 0, 0
+    for _ in range(200):
+        losses = chance.normal(size=40)[groups] + chance.normal(size=320)
+        low, high = mean_interval(losses, np.ones(320), groups)
+        covered += low <= 0 <= high
+        low, high = mean_interval(losses, np.ones(320))
+        alone += low <= 0 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+    assert alone / 200 < 0.75
+    drawn = draws_of(320, 5, tuple(groups))
+    assert (drawn.reshape(5, 40, 8) == draws_of(40, 5)[:, :, None]).all()
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1", "matthews"])

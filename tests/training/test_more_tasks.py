@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from lorakin.serving.job import ExportRequest
 from lorakin.terminal import Terminal
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer, generated, request_for
+from lorakin.training.metrics import mean_interval
 from lorakin.training.prepare import prepare
 from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
@@ -66,6 +68,36 @@ def tagged(count: int = 18) -> list[dict[str, Any]]:
             {"tokens": words, "ner_tags": ["ANIMAL" if w in ("cat", "dog") else "O" for w in words]}
         )
     return rows
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "prompts", "chats", "texts"])
+def test_answers_to_one_prompt_are_drawn_together(
+    kind: str, t5_dir: str, model_dir: str, write_rows: Write
+) -> None:
+    known = ("the", "cat", "sat", "on", "a", "mat")
+    pairs = [(a, b) for a in itertools.product(known, repeat=2) for b in ("sat", "a cat")][:60]
+    rows: list[dict[str, Any]] = [
+        {"prompt": " ".join(asked), "completion": answer} for asked, answer in pairs
+    ]
+    if kind == "chats":
+        rows = [
+            {
+                "messages": [
+                    {"role": "system", "content": "on a mat"},
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["completion"]},
+                ]
+            }
+            for row in rows
+        ]
+    if kind == "texts":
+        rows = [{"text": f"{row['prompt']} {row['completion']}"} for row in rows]
+    found = evaluate_rows(t5_dir if kind == "seq2seq" else model_dir, None, write_rows(rows))
+    assert found.answers is not None and found.loss_interval is not None
+    groups = [] if kind == "texts" else [at // 2 for at in range(60)]
+    assert found.answers.groups == groups
+    expected = mean_interval(found.answers.losses, found.answers.counts, groups)
+    assert found.loss_interval == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("task", ["seq2seq", "token-classification"])

@@ -8,6 +8,9 @@ both: with h the half width that each of the two would have alone, by Student's 
 So it is never narrower than the interval over the seeds. Adding variances instead, with the
 degrees of freedom of Welch and Satterthwaite, covers less than it says where seeds are few.
 
+Rows that share a prompt are drawn together, since answers to one prompt are alike; then prompts
+count in place of rows.
+
 Of the rows only that part is added which moves all runs alike. What each run makes of the rows for
 itself is in the scatter between the seeds already.
 """
@@ -39,6 +42,7 @@ class Estimate:
         p: two-sided p-value of the mean against 0, for which the interval ends at 0; 1 for one
             seed. Without draws of the rows it is that of Student's t-test.
         rows: the number of rows whose draw the interval covers; 0 if it covers the seeds alone.
+        prompts: how many prompts these rows share; 0 where each row stands alone.
         half_of_rows: half the width of the interval over draws of the rows, for these seeds alone;
             infinite if it is not known.
     """
@@ -49,9 +53,16 @@ class Estimate:
     p: float
     rows: int = 0
     half_of_rows: float = math.inf
+    prompts: int = 0
 
     @classmethod
-    def of(cls, values: Sequence[float], draws: Array | None = None, rows: int = 0) -> Estimate:
+    def of(
+        cls,
+        values: Sequence[float],
+        draws: Array | None = None,
+        rows: int = 0,
+        prompts: int = 0,
+    ) -> Estimate:
         """Returns the estimate from the values, one for each seed; there is at least one.
 
         >>> estimate = Estimate.of([1.0, 2.0, 3.0])
@@ -62,21 +73,34 @@ class Estimate:
             values: one for each seed.
             draws: each seed's under each draw of the report rows, (seeds, draws), if it is known.
             rows: the number of those rows.
+            prompts: how many prompts they share, if they were drawn by prompt.
         """
         mean, count = statistics.fmean(values), len(values)
         known = draws if rows > 1 else None
+        drawn = prompts or rows
         half_of_rows = math.inf
         if known is not None:
             error = float(known.mean(axis=0).std(ddof=1))
-            half_of_rows = _half_width([(error, rows - 1)], 1 - CONFIDENCE)
+            half_of_rows = _half_width([(error, drawn - 1)], 1 - CONFIDENCE)
         if count < 2:
             return cls(mean, math.inf, count, 1.0, half_of_rows=half_of_rows)
         errors = [(statistics.stdev(values) / math.sqrt(count), count - 1)]
         if known is not None:
-            errors.append((math.sqrt(shared_variance(known)), rows - 1))
+            errors.append((math.sqrt(shared_variance(known)), drawn - 1))
         half = _half_width(errors, 1 - CONFIDENCE)
         p = _p_value(mean, errors)
-        return cls(mean, half, count, p, 0 if known is None else rows, half_of_rows)
+        covered = (0, 0) if known is None else (rows, prompts)
+        return cls(mean, half, count, p, covered[0], half_of_rows, covered[1])
+
+    @property
+    def drawn(self) -> str:
+        """The rows whose draw the interval covers, in words; "" if it covers the seeds alone.
+
+        >>> dataclasses.replace(Estimate.of([1.0, 2.0]), rows=300, prompts=40).drawn
+        '300 rows (of 40 prompts)'
+        """
+        prompts = f" (of {self.prompts} prompts)" if self.prompts else ""
+        return f"{self.rows} rows{prompts}" if self.rows else ""
 
     @property
     def excludes_zero(self) -> bool:
@@ -87,7 +111,8 @@ class Estimate:
         """Returns the estimate for `--json`."""
         half_width = self.half_width if math.isfinite(self.half_width) else None
         figures = {"mean": self.mean, "half_width": half_width, "seeds": self.count}
-        return figures | ({"rows": self.rows} if self.rows else {})
+        counts = {"rows": self.rows, "prompts": self.prompts}
+        return figures | {name: count for name, count in counts.items() if count}
 
 
 def shared_variance(draws: Array) -> float:

@@ -64,12 +64,15 @@ class ReportAnswers:
         counts: each row's number of items, such as answer tokens; empty if each row is one.
         right, given: the right and the given answers as numbers, row after row: one for each row,
             each item or, with several classes, each class. Empty for a language model.
+        groups: the number of each row's prompt, from 0, where rows share them (`prompt_groups`):
+            they are drawn together. Empty where each row stands alone.
     """
 
     losses: list[Figure]
     counts: list[Count] = dataclasses.field(default_factory=list)
     right: list[Figure] = dataclasses.field(default_factory=list)
     given: list[Figure] = dataclasses.field(default_factory=list)
+    groups: list[Count] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> ReportAnswers | None:
@@ -88,6 +91,7 @@ class ReportAnswers:
             [] if ones else [int(count) for count in answers.counts],
             [_short(x) for x in right.ravel()],
             [_short(x) for x in given.ravel()],
+            answers.groups,
         )
 
     @property
@@ -99,12 +103,18 @@ class ReportAnswers:
             and len(self.counts) in (0, rows)
             and len(self.given) == numbers
             and (numbers % rows == 0 or self.is_by_item)
+            and (not self.groups or len(self.groups) == rows > max(self.groups))
         )
 
     @property
     def is_by_item(self) -> bool:
         """Whether each item of a row, such as a word, has an answer of its own."""
         return bool(self.counts) and len(self.right) == sum(self.counts)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts the rows share; 0 where each row stands alone."""
+        return len({*self.groups})
 
     @functools.cached_property
     def numbers(self) -> tuple[Array, Array]:
@@ -133,7 +143,7 @@ class ReportAnswers:
         return {}
 
     def _draw(self, measure: str) -> Array | None:
-        draws = draws_of(len(self.losses), DRAWS)
+        draws = draws_of(len(self.losses), DRAWS, tuple(self.groups))
         if measure == LOSS:
             counts = np.asarray(self.counts or np.ones(len(self.losses)), float)
             found: Array = draws @ np.asarray(self.losses) / np.maximum(draws @ counts, 1)

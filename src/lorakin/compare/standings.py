@@ -203,8 +203,8 @@ def paired_difference(
 
 def paired_figures(
     rows: Sequence[ResultRow], others: Sequence[ResultRow], measure: str
-) -> tuple[list[float], Array | None, int] | None:
-    """Returns that difference for each seed, the same under each draw, and the number of rows.
+) -> tuple[list[float], Array | None, int, int] | None:
+    """Returns that difference for each seed, the same under each draw, how many rows and prompts.
 
     They are the arguments of `Estimate.of`. None: no seed has a finished run in both.
     """
@@ -227,10 +227,11 @@ def _is_untrained(rows: Sequence[ResultRow]) -> bool:
 
 def _figures_of(
     rows: Sequence[ResultRow], measure: str, others: Sequence[ResultRow] | None = None
-) -> tuple[list[float], Array | None, int]:
+) -> tuple[list[float], Array | None, int, int]:
     """Returns the measure of runs, or how much better they are than others of the same seeds.
 
-    With it come the same under each draw of the report rows, and their number.
+    With it come the same under each draw of the report rows, their number, and that of the prompts
+    that they share.
     """
     values = np.array([_value(row, measure) for row in rows])
     drawn = _drawn(rows, measure)
@@ -239,22 +240,26 @@ def _figures_of(
         values = sign * (values - [_value(row, measure) for row in others])
         drawn_others = _drawn(others, measure)
         fit = drawn is not None and drawn_others is not None
-        fit = fit and _row_count(rows) == _row_count(others)
+        fit = fit and _counts(rows) == _counts(others)
         drawn = sign * (drawn - drawn_others) if fit else None  # type: ignore[operator]
-    return [float(value) for value in values], drawn, _row_count(rows)
+    return [float(value) for value in values], drawn, *_counts(rows)
 
 
-def _row_count(rows: Sequence[ResultRow]) -> int:
-    """Returns the number of report rows that were answered; 0 if runs differ or kept no answers."""
-    counts = {len(row.answers.losses) if row.answers else 0 for row in rows}
-    return counts.pop() if len(counts) == 1 else 0
+def _counts(rows: Sequence[ResultRow]) -> tuple[int, int]:
+    """Returns how many report rows were answered, and how many prompts they share.
+
+    0 if runs differ or kept no answers.
+    """
+    known = (row.answers for row in rows)
+    counts = {(len(one.losses), one.prompts) if one else (0, 0) for one in known}
+    return counts.pop() if len(counts) == 1 else (0, 0)
 
 
 def _drawn(rows: Sequence[ResultRow], measure: str) -> Array | None:
     """Returns the measure of each run under each draw of the report rows, (runs, draws)."""
     found = [row.answers.drawn(measure) if row.answers else None for row in rows]
     known = [draws for draws in found if draws is not None]
-    return np.stack(known) if len(known) == len(found) and _row_count(rows) else None
+    return np.stack(known) if len(known) == len(found) and any(_counts(rows)) else None
 
 
 def leaders(standings: Sequence[Standing]) -> list[Standing]:

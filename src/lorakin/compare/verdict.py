@@ -110,7 +110,7 @@ def _unseen(members: Sequence[Standing], plain: Estimate, measure: str) -> str:
     limit = statistics.median(s.ahead.half_width for s in members if s.ahead)
     if not limit:
         return "Most of them answer every row as it does."
-    rows = f" and {plain.rows} rows to report on" if plain.rows else ""
+    rows = f" and {plain.drawn} to report on" if plain.rows else ""
     return (
         f"With {plain.count} seeds{rows}, most differences below about {amount(limit, measure)} "
         "would not be seen."

@@ -235,7 +235,7 @@ def _method(comparison_run: PreparedComparison, findings: Findings) -> Paragraph
         f"**Size**: rank {options.rank} and alpha {options.alpha:g} for plain {PLAIN}. The other "
         "methods have a comparable rank and scale: a budget of ranks ends at that rank, and a pair "
         "that is drawn at random keeps its usual rank.",
-        _intervals(plain.rows if plain else 0),
+        _intervals(plain.drawn if plain else ""),
         "**Memory** is what training added to its process. For full fine-tuning that includes the "
         "base, which is kept beside the trained copy. **Time** is the median step of a run; on a "
         f"CPU, which trials share, the processor's own time. {done} of {len(rows)} trials ended "
@@ -247,11 +247,11 @@ def _decides(measure: str) -> str:
     return "the loss" if measure == LOSS else f"{words_of(measure)} (--metric chooses another)"
 
 
-def _intervals(rows: int) -> str:
-    """Says what the intervals cover; `rows` is the number of rows whose draw they cover, or 0."""
+def _intervals(rows: str) -> str:
+    """Says what the intervals cover; `rows` says whose draw, or is empty."""
     seeds = "how much a result depends on the random start and the order of the rows"
     covers = (
-        f"cover the seeds ({seeds}; Student's t) and the draw of the {rows} rows to report on "
+        f"cover the seeds ({seeds}; Student's t) and the draw of the {rows} to report on "
         f"(drawn again {DRAWS} times, the same for all runs); the two are added in squares"
         if rows
         else f"are Student's t over the seeds: {seeds}, but not on which rows were held out"

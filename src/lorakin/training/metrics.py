@@ -19,6 +19,8 @@ from lorakin.errors import SettingError
 Array = npt.NDArray[Any]
 DRAWS = 1000
 """How often the rows are drawn again for an interval."""
+LEAST_PROMPTS = 20
+"""Fewer groups than these do not show how much they scatter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,7 @@ def figures(
     }
 
 
-def mean_interval(totals: Array, counts: Array) -> tuple[float, float]:
+def mean_interval(totals: Array, counts: Array, groups: Sequence[int] = ()) -> tuple[float, float]:
     """Returns the 95 % interval of Σ totals / Σ counts over draws of the rows.
 
     >>> mean_interval(np.ones(10), np.ones(10))
@@ -168,18 +170,48 @@ def mean_interval(totals: Array, counts: Array) -> tuple[float, float]:
     Args:
         totals: a sum of each row, such as its loss: (rows,).
         counts: of how many things, such as tokens: (rows,).
+        groups: as for `draws_of`.
     """
-    draws = draws_of(len(totals))
+    draws = draws_of(len(totals), groups=tuple(groups))
     return interval((draws @ totals) / np.maximum(draws @ counts, 1))
 
 
+def prompt_groups(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the number of each row's prompt, for rows that share prompts; else an empty list.
+
+    Answers to one prompt are alike, so an interval over draws of single rows would be too narrow.
+    Fewer prompts than `LEAST_PROMPTS` are taken as given: of so few, no interval can be had.
+
+    >>> prompt_groups([[1], [2], [1]] + [[n] for n in range(3, 30)])[:5]
+    [0, 1, 0, 2, 3]
+    >>> prompt_groups([[1], [2], [3]]), prompt_groups([[1], [1], [1]])
+    ([], [])
+
+    Args:
+        prompts: each row's tokens before its answer. A row without any stands alone.
+    """
+    numbers: dict[Any, int] = {}
+    groups = [
+        numbers.setdefault(tuple(prompt) or at, len(numbers)) for at, prompt in enumerate(prompts)
+    ]
+    return groups if LEAST_PROMPTS <= len(numbers) < len(prompts) else []
+
+
 @functools.lru_cache(maxsize=4)
-def draws_of(rows: int, draws: int = DRAWS) -> Array:
+def draws_of(rows: int, draws: int = DRAWS, groups: tuple[int, ...] = ()) -> Array:
     """Returns how often each row is in each draw of as many rows, always the same: (draws, rows).
 
     >>> draws_of(3).sum(1)[:4].tolist()
     [3, 3, 3, 3]
+
+    Args:
+        rows: the number of rows.
+        draws: the number of draws.
+        groups: the number of each row's group, from 0, where those of a group are drawn together;
+            as many groups are drawn as there are. Without them each row is drawn for itself.
     """
+    if groups:
+        return draws_of(max(groups) + 1, draws)[:, np.array(groups)]
     drawn: Array = np.random.default_rng(0).multinomial(rows, np.ones(rows) / rows, size=draws)
     drawn.setflags(write=False)  # it is kept for the next call
     return drawn

@@ -19,7 +19,7 @@ from lorakin.training.batches import (
     row_losses,
 )
 from lorakin.training.encoding import Encoded, encode
-from lorakin.training.metrics import mean_interval
+from lorakin.training.metrics import mean_interval, prompt_groups
 from lorakin.training.reading import DataRows
 from lorakin.training.tasks.by_row import results_by_row
 from lorakin.training.tasks.task import Collator, Evaluation, Loss, RowAnswers, Task
@@ -51,6 +51,13 @@ class Language(Task):
         """Returns the summed loss and the number of labelled tokens of each row, both (rows,)."""
         return row_losses(outputs, labels), (labels[:, 1:] != IGNORED).sum(1)
 
+    def prompt(self, example: Row) -> Sequence[int]:
+        """Returns the tokens that the model is given before the first one that it learns."""
+        labels = example["labels"]
+        learned = next((at for at, label in enumerate(labels) if label != IGNORED), len(labels))
+        prompt: Sequence[int] = example["input_ids"][:learned]
+        return prompt
+
     def evaluate(
         self,
         model: Any,
@@ -65,12 +72,13 @@ class Language(Task):
 
         by_row, tokens = results_by_row(model, collate, examples, batch_size, of_batch)
         loss = float(by_row.sum() / tokens.sum())
+        groups = prompt_groups([self.prompt(example) for example in examples])
         return Evaluation(
             loss,
             int(tokens.sum()),
             perplexity=math.exp(min(loss, 700)),
-            loss_interval=mean_interval(by_row, tokens) if intervals else None,
-            answers=RowAnswers(by_row, tokens),
+            loss_interval=mean_interval(by_row, tokens, groups) if intervals else None,
+            answers=RowAnswers(by_row, tokens, groups=groups),
         )
 
     def rendered(self, example: Row, tokenizer: Any) -> RichText:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import transformers
@@ -59,6 +60,10 @@ class Seq2Seq(Language):
 
     def row_losses(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         return label_losses(outputs.logits, labels).sum(1), (labels != IGNORED).sum(1)
+
+    def prompt(self, example: Row) -> Sequence[int]:
+        prompt: Sequence[int] = example["input_ids"]
+        return prompt
 
     def rendered(self, example: Row, tokenizer: Any) -> RichText:
         text = RichText(visible(tokenizer.decode(example["input_ids"])), style="dim")

@@ -88,6 +88,8 @@ def test_from_an_empty_directory_to_a_merged_model(
     page.expect("#exports", "merged", "done", "mean KL")
     assert (served.folder / "merged" / "model.safetensors").is_file()
 
+    console = browser.driver.get_log("browser")
+    assert [entry["message"] for entry in console if entry["level"] == "SEVERE"] == []
     assert browser.run("return Object.keys(localStorage).filter(k => /history/.test(k))") == []
     here = f"127.0.0.1:{served.port}"
     strange = [url for url in browser.requests() if url.startswith("http") and here not in url]

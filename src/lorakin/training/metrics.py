@@ -210,9 +210,10 @@ def draws_of(rows: int, draws: int = DRAWS, groups: tuple[int, ...] = ()) -> Arr
         groups: the number of each row's group, from 0, where those of a group are drawn together;
             as many groups are drawn as there are. Without them each row is drawn for itself.
     """
+    count = max(groups) + 1 if groups else rows
+    drawn: Array = np.random.default_rng(0).multinomial(count, np.ones(count) / count, size=draws)
     if groups:
-        return draws_of(max(groups) + 1, draws)[:, np.array(groups)]
-    drawn: Array = np.random.default_rng(0).multinomial(rows, np.ones(rows) / rows, size=draws)
+        drawn = drawn[:, np.array(groups)]
     drawn.setflags(write=False)  # it is kept for the next call
     return drawn
 

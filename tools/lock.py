@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_sdist_filename, parse_wheel_filename
 
 INDEX = "https://pypi.org/simple"
@@ -79,6 +80,12 @@ def needed(names: Iterable[str]) -> dict[str, str]:
             dist = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             sys.exit(f"{requirement} is not installed here; run make test first")
+        takes = SpecifierSet(dist.metadata.get("Requires-Python") or "")
+        if missing := [python for python in PYTHONS if f"{python}.0" not in takes]:
+            sys.exit(
+                f"{name} {dist.version} needs Python {takes}, and the lock is for {missing[0]}.0, too; install an "
+                "earlier version of it first"
+            )
         found[name] = dist.version.partition("+")[0]
         waiting += [
             inner for inner in map(Requirement, dist.requires or ()) if _applies(inner, extras)
